@@ -1,0 +1,261 @@
+"""Every field of a run: its default, its unit, and whether it is part of what the run *is*.
+
+A field is *identity* when changing it makes another run (width, lr, seed, …), and *execution* when it only changes how the
+same run is carried out (mesh, accumulation, prefetch, logging, paths). A work directory belongs to one identity and may be
+continued under any execution.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from scaling_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One config field: its default (which fixes its type), its meaning with unit, and its allowed values."""
+
+    default: Any
+    doc: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None  # smallest allowed value
+    above: float | None = None  # or: every allowed value is greater than this
+    below: float | None = None  # every allowed value is smaller than this
+    execution: bool = False
+
+
+def _execution(default: Any, doc: str, **limits: Any) -> Field:
+    return Field(default, doc, execution=True, **limits)
+
+
+FIELDS: dict[str, Field] = {
+    "model.width": Field(128, "width of the residual stream; a multiple of head_dim", minimum=1),
+    "model.depth": Field(3, "number of blocks", minimum=1),
+    "model.head_dim": Field(32, "width of one attention head; even, for rotary positions", minimum=2),
+    "model.context": Field(64, "tokens in a sequence", minimum=1),
+    "model.vocab_size": Field(256, "rows of the embedding; at least the tokenizer's vocabulary", minimum=2),
+    "model.mlp": Field("gelu", "kind of MLP", choices=("gelu", "relu2", "swiglu")),
+    "model.mlp_ratio": Field(4.0, "hidden width of the MLP over width", above=0),
+    "model.tied_embeddings": Field(False, "one matrix for embedding and unembedding"),
+    "model.rope_theta": Field(10_000.0, "base of the rotary wavelengths", above=1),
+    "model.compute_dtype": Field("float32", "dtype of activations and products", choices=("float32", "bfloat16")),
+    "model.remat": _execution("none", "what a block's backward pass computes again", choices=("none", "dots", "full")),
+    "parametrization.name": Field("mup", "row table", choices=("standard", "mup", "completep")),
+    "parametrization.base_width": Field(128, "width at which every multiplier is 1", minimum=1),
+    "parametrization.base_depth": Field(3, "depth at which every multiplier is 1 (completep)", minimum=1),
+    "parametrization.base_head_dim": Field(32, "head_dim at which logits agree with 1/sqrt(head_dim)", minimum=1),
+    "parametrization.depth_exponent": Field(1.0, "alpha of the residual branch, depth^-alpha (completep)", minimum=0),
+    "parametrization.embedding_std": Field(1.0, "init standard deviation of the embedding", above=0),
+    "parametrization.hidden_std": Field(1.0, "init std of hidden matrices times sqrt(fan_in)", above=0),
+    "parametrization.output_init": Field("zero", "init of an untied unembedding", choices=("zero", "normal")),
+    "optimizer.lr": Field(2.0**-8, "peak learning rate at the base sizes", above=0),
+    "optimizer.b1": Field(0.9, "AdamW's decay of the first moment, per step", minimum=0, below=1),
+    "optimizer.b2": Field(0.95, "AdamW's decay of the second moment, per step", minimum=0, below=1),
+    "optimizer.eps": Field(1e-8, "AdamW's epsilon at the base sizes", minimum=0),
+    "optimizer.weight_decay": Field(0.0, "shrinkage per step over lr, at the base sizes", minimum=0),
+    "optimizer.decay_mode": Field(
+        "independent",
+        "independent: shrinkage per step does not depend on width; coupled: it follows each parameter's lr",
+        choices=("independent", "coupled"),
+    ),
+    "optimizer.clip_norm": Field(1.0, "global gradient norm above which gradients are scaled down; 0 is off", minimum=0),
+    "schedule.name": Field("cosine", "course of the lr after warmup", choices=("constant", "linear", "cosine", "wsd")),
+    "schedule.warmup_tokens": Field(0, "tokens of linear warmup from zero", minimum=0),
+    "schedule.decay_tokens": Field(0, "tokens of linear decay at the end (wsd)", minimum=0),
+    "schedule.final_lr_fraction": Field(0.0, "lr at the end over the peak", minimum=0),
+    "train.tokens": Field(1 << 20, "token budget T of the run", minimum=1),
+    "train.batch_tokens": Field(2048, "tokens per optimizer step", minimum=1),
+    "train.seed": Field(0, "seed of the initial parameters and of the data order", minimum=0),
+    "train.accumulation": _execution(1, "microbatches per optimizer step", minimum=1),
+    "batch.schedule": Field("constant", "course of the batch size", choices=("constant",)),
+    "mesh.replica": _execution(1, "devices along the axis that only copies parameters", minimum=1),
+    "mesh.fsdp": _execution(1, "devices that shard parameters and batch; -1 takes all that are left", minimum=-1),
+    "mesh.tensor": _execution(1, "devices that shard heads, MLP and vocabulary", minimum=1),
+    "mesh.member": _execution(1, "devices that shard the members of a sweep; 1 for a single run", minimum=1),
+    "data.path": _execution("sotu", "'sotu' (built in), or a directory that `scaling-jax tokenize` wrote"),
+    "data.tokenizer": _execution("bytes", "'bytes' or a tokenizer.json; what the tokens must have been made with"),
+    "data.eval_domains": _execution((), "more held-out domains, each 'name=directory'"),
+    "data.train_tokens": Field(0, "train on this many tokens of the data; 0 is all of it", minimum=0),
+    "data.repeat": Field(False, "allow more than one pass over the data"),
+    "data.cache": _execution("", "directory for the built-in corpus's tokens; empty is the user's cache directory"),
+    "data.prefetch": _execution(2, "batches read ahead", minimum=1),
+    "noise_scale.every": Field(1, "measure at every n-th step; 0 is off", minimum=0),
+    "noise_scale.window_tokens": Field(0, "tokens that the running means look back; 0 is train.tokens / 8", minimum=0),
+    "eval.every_tokens": _execution(0, "tokens between evaluations; 0 evaluates at the end only", minimum=0),
+    "eval.tokens": Field(1 << 17, "held-out tokens of each domain, evenly spread; 0 is all", minimum=0),
+    "eval.batch_sequences": _execution(128, "sequences per evaluation step", minimum=1),
+    "checkpoint.every_tokens": _execution(0, "tokens between checkpoints; 0 saves at the end only", minimum=0),
+    "checkpoint.keep_latest": _execution(2, "newest checkpoints kept", minimum=1),
+    "checkpoint.keep_at_tokens": _execution((), "token counts whose checkpoints are saved and kept for good"),
+    "logging.every_tokens": _execution(0, "tokens between records in metrics.jsonl; 0 records every step", minimum=0),
+    "logging.console_seconds": _execution(10.0, "seconds between progress lines where there is no terminal", above=0),
+    "logging.tensorboard": _execution(True, "write TensorBoard events"),
+}
+
+
+def default_config() -> ConfigDict:
+    """A ConfigDict with every field at its default. Unknown fields are refused on assignment."""
+    config = ConfigDict()
+    for name, field in FIELDS.items():
+        section, key = name.split(".")
+        if section not in config:
+            config[section] = ConfigDict()
+        config[section][key] = field.default
+    return config.lock()
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{'model.width': 128, …}, in the order of the config."""
+
+    def walk(prefix: str, node: ConfigDict) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, ConfigDict):
+                yield from walk(f"{prefix}{key}.", value)
+            else:
+                yield prefix + key, value
+
+    return dict(walk("", config))
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The fields that make this run another run than its neighbour."""
+    return {name: value for name, value in flatten(config).items() if not FIELDS[name].execution}
+
+
+def nearest(name: str) -> str:
+    """' (did you mean …?)' for an unknown dotted field name, or ''."""
+    close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+    if not close:  # the right key under the wrong section
+        close = [known for known in FIELDS if known.split(".")[-1] == name.split(".")[-1]][:1]
+    return f" (did you mean config.{close[0]}?)" if close else ""
+
+
+def heads(config: ConfigDict) -> int:
+    return config.model.width // config.model.head_dim
+
+
+def sequences_per_batch(config: ConfigDict) -> int:
+    return config.train.batch_tokens // config.model.context
+
+
+def total_steps(config: ConfigDict) -> int:
+    """Optimizer steps of the whole run; the last one ends at or just after train.tokens."""
+    return -(-config.train.tokens // config.train.batch_tokens)
+
+
+def resolve_mesh(config: ConfigDict, device_count: int) -> None:
+    """Replaces mesh.fsdp = -1 by what the other axes leave of `device_count`, in place."""
+    mesh = config.mesh
+    if mesh.fsdp == -1:
+        others = mesh.replica * mesh.tensor * mesh.member
+        mesh.fsdp = max(1, device_count // others)
+
+
+def validate(config: ConfigDict, device_count: int | None = None) -> None:
+    """Raises one UserError that names every fault of the config at once.
+
+    Args:
+      config: as `default_config()` lays it out; mesh.fsdp already resolved if `device_count` is given.
+      device_count: devices that the mesh must match; None leaves that out.
+    """
+    faults = _field_faults(config)
+    if not faults:  # relations mean something only between sound values
+        faults = _relation_faults(config, device_count)
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _field_faults(config: ConfigDict) -> list[str]:
+    values = flatten(config)
+    faults = [f"config.{name}: no such field{nearest(name)}" for name in values if name not in FIELDS]
+    faults += [f"config.{name}: missing; build configs from scaling_jax.config.default_config()" for name in FIELDS if name not in values]
+    for name, field in FIELDS.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if type(value) is not type(field.default):
+            faults.append(f"config.{name} is {value!r}: must be of type {type(field.default).__name__}")
+        elif field.choices and value not in field.choices:
+            faults.append(f"config.{name} is {value!r}: must be one of {', '.join(field.choices)}")
+        elif field.minimum is not None and not value >= field.minimum:
+            faults.append(f"config.{name} is {value}: must be at least {field.minimum}")
+        elif field.above is not None and not value > field.above:
+            faults.append(f"config.{name} is {value}: must be greater than {field.above}")
+        elif field.below is not None and not value < field.below:
+            faults.append(f"config.{name} is {value}: must be less than {field.below}")
+        elif isinstance(value, float) and value == float("inf"):
+            faults.append(f"config.{name} is {value}: must be finite")
+    return faults
+
+
+def _relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
+    model, mesh, train, schedule = config.model, config.mesh, config.train, config.schedule
+    faults = []
+    if model.width % model.head_dim:
+        faults.append(f"config.model.width is {model.width}: must be a multiple of config.model.head_dim, {model.head_dim}")
+    if model.head_dim % 2:
+        faults.append(f"config.model.head_dim is {model.head_dim}: must be even, for rotary positions")
+    if mesh.fsdp == 0:
+        faults.append("config.mesh.fsdp is 0: must be positive, or -1 for all devices that are left")
+    elif mesh.fsdp > 0:
+        faults += _mesh_faults(config, device_count)
+    shards = mesh.replica * max(1, mesh.fsdp)
+    unit = model.context * shards * train.accumulation
+    if train.batch_tokens % unit:
+        faults.append(
+            f"config.train.batch_tokens is {train.batch_tokens}: must be a multiple of {unit} "
+            f"(context {model.context} x replica·fsdp {shards} x accumulation {train.accumulation})"
+        )
+    if train.tokens // model.context >= 1 << 31:
+        faults.append(f"config.train.tokens is {train.tokens}: at context {model.context} at most {((1 << 31) - 1) * model.context}")
+    if schedule.warmup_tokens > train.tokens:
+        faults.append(f"config.schedule.warmup_tokens is {schedule.warmup_tokens}: longer than the run, config.train.tokens {train.tokens}")
+    elif schedule.name == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > train.tokens:
+        faults.append(
+            f"config.schedule.decay_tokens is {schedule.decay_tokens}: with {schedule.warmup_tokens} tokens of warmup "
+            f"longer than the run, config.train.tokens {train.tokens}"
+        )
+    for value in config.checkpoint.keep_at_tokens:
+        if not isinstance(value, int) or not 0 < value <= train.tokens:
+            faults.append(f"config.checkpoint.keep_at_tokens has {value!r}: must be integers from 1 to config.train.tokens, {train.tokens}")
+    for entry in config.data.eval_domains:
+        if not isinstance(entry, str) or not all(entry.partition("=")):
+            faults.append(f"config.data.eval_domains has {entry!r}: must be 'name=directory'")
+    return faults
+
+
+def _mesh_faults(config: ConfigDict, device_count: int | None) -> list[str]:
+    model, mesh = config.model, config.mesh
+    faults = []
+    if mesh.member != 1:
+        faults.append(f"config.mesh.member is {mesh.member}: a single run has one member")
+    devices = mesh.replica * mesh.fsdp * mesh.tensor * mesh.member
+    if device_count is not None and devices != device_count:
+        faults.append(
+            f"config.mesh is replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor} x member {mesh.member} "
+            f"= {devices} devices: must equal the {device_count} that there are"
+        )
+    for size, axis, what in (
+        (heads(config), "tensor", f"heads ({heads(config)}, width / head_dim)"),
+        (mlp_width(model.width, model.mlp_ratio), "tensor", f"MLP width ({mlp_width(model.width, model.mlp_ratio)})"),
+        (model.vocab_size, "tensor", f"config.model.vocab_size ({model.vocab_size})"),
+        (model.width, "fsdp", f"config.model.width ({model.width})"),
+    ):
+        if size % mesh[axis]:
+            faults.append(f"config.mesh.{axis} is {mesh[axis]}: must divide the {what}")
+    return faults
+
+
+def mlp_width(width: int, mlp_ratio: float) -> int:
+    """Hidden width of the MLP: mlp_ratio x width, rounded to a multiple of 8."""
+    return max(8, round(width * mlp_ratio / 8) * 8)
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """Nested plain values (tuples as lists), the form that config.json holds."""
+    return json.loads(json.dumps(config.to_dict()))

@@ -1,0 +1,159 @@
+"""The gradient noise scale from per-sequence squared gradient norms: unbiased, running, with an interval.
+
+For a batch of B sequences with gradients g_b and mean G (McCandlish et al. 2018, App. A, at B_small = 1, B_big = B):
+
+    |G|²  ≈ (B·‖G‖² − mean_b‖g_b‖²) / (B − 1)        tr Σ ≈ (mean_b‖g_b‖² − ‖G‖²)·B / (B − 1)
+
+are unbiased, and tr Σ / |G|² is the simple noise scale in sequences. The ratio of one step is useless and its mean is biased, so
+both are averaged over a window of tokens first and divided last. Neither is clamped: |G|² of a step may be negative.
+
+The window is kept as at most `blocks` consecutive blocks of equal length in tokens; while the run is younger than the window,
+full blocks are merged in pairs. Blocks that are long against the correlation time are nearly independent, so the spread of
+their means gives the standard error with autocorrelation allowed for, and Fieller's theorem turns it into an interval for the
+ratio of the window's means. That interval has no upper end where |G|² cannot be told from zero.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+MIN_BLOCKS = 8  # fewer give no interval: their spread is not known well enough
+
+
+class NoiseScaleState(NamedTuple):
+    """Running sums of the window, oldest block first; K blocks, G groups of parameters. Part of the train state."""
+
+    tokens_K: Array  # weight of each block
+    grad_sq_KxG: Array  # Σ tokens·|G|² over the block's steps
+    grad_trace_KxG: Array  # Σ tokens·tr Σ
+    block_tokens: Array  # a block is full once it holds this much
+    open_block: Array  # int32, index of the block being filled
+
+
+class NoiseScale(NamedTuple):
+    """One reading: means over the window, per group, then (last entry) of all groups together.
+
+    `sequences` is tr Σ / |G|² (nan where |G|² ≤ 0), `low` and `high` its 95% interval: nan while unknown, high inf where open.
+    """
+
+    grad_sq: Array
+    grad_trace: Array
+    sequences: Array
+    low: Array
+    high: Array
+
+
+def estimates(sq_norms_BxG: Array, grad_sq_G: Array) -> tuple[Array, Array]:
+    """Unbiased |G|² and tr Σ of one step.
+
+    Args:
+      sq_norms_BxG: ‖g_b‖² of each sequence's own gradient, per group of parameters.
+      grad_sq_G: ‖G‖² of the batch-mean gradient, per group, before clipping.
+
+    Returns:
+      |G|²_G and (tr Σ)_G, in squared gradient units; the latter per sequence.
+    """
+    batch = sq_norms_BxG.shape[0]
+    if batch < 2:
+        raise ValueError(f"the noise scale needs at least 2 sequences in a batch, not {batch}")
+    mean_G = jnp.mean(sq_norms_BxG, axis=0)
+    return (batch * grad_sq_G - mean_G) / (batch - 1), (mean_G - grad_sq_G) * (batch / (batch - 1))
+
+
+def init(groups: int, blocks: int = 64) -> NoiseScaleState:
+    """An empty window. `blocks` is even."""
+    zeros_KxG = jnp.zeros((blocks, groups), jnp.float32)
+    return NoiseScaleState(jnp.zeros(blocks, jnp.float32), zeros_KxG, zeros_KxG, jnp.float32(0), jnp.int32(0))
+
+
+def update(state: NoiseScaleState, tokens: Array | float, grad_sq_G: Array, grad_trace_G: Array, window_tokens: float) -> NoiseScaleState:
+    """Adds one step's estimates with the weight of its tokens."""
+    blocks = state.tokens_K.shape[0]
+    at = state.open_block
+    tokens = jnp.float32(tokens)
+    tokens_K = state.tokens_K.at[at].add(tokens)
+    grad_sq_KxG = state.grad_sq_KxG.at[at].add(tokens * grad_sq_G)
+    grad_trace_KxG = state.grad_trace_KxG.at[at].add(tokens * grad_trace_G)
+    at = at + (tokens_K[at] >= state.block_tokens).astype(jnp.int32)
+    state = NoiseScaleState(tokens_K, grad_sq_KxG, grad_trace_KxG, state.block_tokens, at)
+
+    def merge(state):  # the window is not full yet: half as many blocks, twice as long
+        def pairs(x_K):
+            merged = x_K.reshape(blocks // 2, 2, *x_K.shape[1:]).sum(1)
+            return jnp.concatenate([merged, jnp.zeros_like(merged)])
+
+        return NoiseScaleState(
+            *map(pairs, state[:3]), block_tokens=2 * jnp.sum(state.tokens_K) / blocks, open_block=jnp.int32(blocks // 2)
+        )
+
+    def forget(state):  # the oldest block leaves
+        def shift(x_K):
+            return jnp.concatenate([x_K[1:], jnp.zeros_like(x_K[:1])])
+
+        return NoiseScaleState(*map(shift, state[:3]), block_tokens=state.block_tokens, open_block=jnp.int32(blocks - 1))
+
+    def make_room(state):
+        return jax.lax.cond(jnp.sum(state.tokens_K) < window_tokens, merge, forget, state)
+
+    return jax.lax.cond(at == blocks, make_room, lambda state: state, state)
+
+
+def read(state: NoiseScaleState, window_tokens: float) -> NoiseScale:
+    """Means over the newest `window_tokens`, their ratio in sequences and its 95% interval; per group, then of all."""
+    newer_K = jnp.cumsum(state.tokens_K[::-1])[::-1] - state.tokens_K
+    tokens_K = jnp.where(newer_K < window_tokens, state.tokens_K, 0.0)
+
+    def with_total(x_KxG):
+        x_KxG = jnp.concatenate([x_KxG, x_KxG.sum(1, keepdims=True)], axis=1)
+        return x_KxG / jnp.maximum(state.tokens_K, 1.0)[:, None]
+
+    grad_sq_KxG, grad_trace_KxG = with_total(state.grad_sq_KxG), with_total(state.grad_trace_KxG)
+    total = jnp.maximum(tokens_K.sum(), 1.0)
+    intervals = jax.vmap(ratio_interval, in_axes=(None, 1, 1))(tokens_K, grad_sq_KxG, grad_trace_KxG)
+    # Sums of products, not matrix products: those are rounded to bfloat16 on a TPU.
+    grad_sq, grad_trace = (jnp.sum(tokens_K[:, None] * x_KxG, axis=0) / total for x_KxG in (grad_sq_KxG, grad_trace_KxG))
+    return NoiseScale(grad_sq, grad_trace, *intervals)
+
+
+def ratio_interval(weights_K: Array, grad_sq_K: Array, grad_trace_K: Array) -> tuple[Array, Array, Array]:
+    """Weighted mean of tr Σ over weighted mean of |G|², with Fieller's 95% interval.
+
+    Args:
+      weights_K: weight of each block (its tokens); blocks of weight 0 do not count.
+      grad_sq_K, grad_trace_K: the blocks' means.
+
+    Returns:
+      ratio, low, high. The ratio is nan where the mean |G|² is not positive; low and high are nan with fewer than MIN_BLOCKS
+      blocks; high is inf where |G|² cannot be told from zero.
+    """
+    w_K = weights_K / jnp.maximum(jnp.sum(weights_K), 1e-30)
+    a, b = jnp.sum(w_K * grad_sq_K), jnp.sum(w_K * grad_trace_K)
+    effective = 1 / jnp.maximum(jnp.sum(w_K**2), 1e-30)  # number of blocks, were they equal
+    off_a_K, off_b_K = w_K * (grad_sq_K - a), w_K * (grad_trace_K - b)
+    # t² times the covariance of the two weighted means
+    t_sq = _t_quantile(jnp.maximum(effective - 1, 3.0)) ** 2 * effective / jnp.maximum(effective - 1, 1e-6)
+    t_sq_aa, t_sq_ab, t_sq_bb = (t_sq * jnp.sum(p_K * q_K) for p_K, q_K in ((off_a_K,) * 2, (off_a_K, off_b_K), (off_b_K,) * 2))
+    # (b − r·a)² ≤ t²·(V_bb − 2r·V_ab + r²·V_aa), a quadratic in r: A·r² − 2B·r + C ≤ 0.
+    A, B, C = a**2 - t_sq_aa, a * b - t_sq_ab, b**2 - t_sq_bb
+    root = jnp.sqrt(jnp.maximum(B**2 - A * C, 0.0))
+    closed = (A > 0) & (a > 0)
+    safe_A = jnp.where(A == 0, 1e-30, A)
+    # Where A ≤ 0 the set is all but the stretch between the roots; its part above the larger root holds the positive ratios.
+    open_low = jnp.where(B**2 - A * C > 0, jnp.maximum((B - root) / safe_A, (B + root) / safe_A), 0.0)
+    low = jnp.where(closed, (B - root) / safe_A, jnp.where(A > 0, jnp.nan, jnp.maximum(open_low, 0.0)))
+    high = jnp.where(closed, (B + root) / safe_A, jnp.where(A > 0, jnp.nan, jnp.inf))
+    known = effective >= MIN_BLOCKS - 0.5
+    ratio = jnp.where(a > 0, b / jnp.where(a > 0, a, 1.0), jnp.nan)
+    return ratio, jnp.where(known, low, jnp.nan), jnp.where(known, high, jnp.nan)
+
+
+def _t_quantile(dof: Array) -> Array:
+    """Student's t at 0.975 by the Cornish-Fisher series (Abramowitz & Stegun 26.7.5); 0.1% off at 7 degrees of freedom."""
+    z = 1.959963985
+    g1 = (z**3 + z) / 4
+    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    g4 = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
+    return z + g1 / dof + g2 / dof**2 + g3 / dof**3 + g4 / dof**4

@@ -1,0 +1,100 @@
+"""AdamW whose learning rate, weight decay and epsilon differ by parameter, as the parametrization's table says.
+
+The chain is Optax's own clip and Adam moments, and one transformation here that applies the table. Its state holds every
+parameter's lr, weight decay and epsilon as arrays: what a run applies can be read back from its state, and runs that differ in
+these values alone are one program.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from ml_collections import ConfigDict
+
+from scaling_jax.errors import UserError
+
+Schedule = Callable[[Array | float], Array]
+
+
+class RoleState(NamedTuple):
+    """Per-parameter scalars, each a tree like the parameters': peak lr, decay per lr, epsilon."""
+
+    lr: Any
+    weight_decay: Any
+    eps: Any
+
+
+def schedule(config: ConfigDict) -> Schedule:
+    """The course of the lr: tokens seen -> fraction of the peak.
+
+    Linear warmup from 0 over warmup_tokens, then `constant`, `linear` or `cosine` to final_lr_fraction at train.tokens, or `wsd`:
+    constant until the last decay_tokens, then linear to final_lr_fraction.
+    """
+    s, total = config.schedule, config.train.tokens
+    name, warmup, floor = s.name, s.warmup_tokens, s.final_lr_fraction
+    start = total - config.schedule.decay_tokens if name == "wsd" else warmup
+
+    def fraction(tokens: Array | float) -> Array:
+        tokens = jnp.asarray(tokens, jnp.float32)
+        progress = jnp.clip((tokens - start) / max(total - start, 1), 0.0, 1.0)
+        if name == "constant":
+            decay = jnp.float32(1.0)
+        elif name == "cosine":
+            decay = floor + (1 - floor) * 0.5 * (1 + jnp.cos(math.pi * progress))
+        else:
+            decay = floor + (1 - floor) * (1 - progress)
+        return decay * jnp.minimum(tokens / warmup, 1.0) if warmup else decay
+
+    return fraction
+
+
+def with_rules(params: nnx.State, value: Callable[[Any], float]) -> Any:
+    """A tree like `params` of float32 scalars, `value(rule)` of each parameter's rule; UserError for one that has none."""
+
+    def of(path: tuple, param: nnx.Variable) -> Any:
+        rule = param.get_metadata().get("rule")
+        if rule is None:
+            raise UserError(f"parameter {'.'.join(map(str, path))} has no role: the parametrization has no rule for it")
+        return param.replace(jnp.float32(value(rule)))
+
+    return nnx.map_state(of, params)
+
+
+def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """Clip by global norm, Adam moments, then lr and decoupled weight decay by the table.
+
+    `update` takes one more argument, `lr_fraction`: the schedule's value at this step. Parameters are an nnx.State whose
+    variables carry their rule. Gradients are divided by the rule's epsilon factor before Adam, which is epsilon times that
+    factor afterwards: m̂/(√v̂ + c·ε) = (m̂/c)/(√v̂/c + ε).
+    """
+    o = config.optimizer
+    moments = optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
+    clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
+
+    def init(params: nnx.State):
+        roles = RoleState(
+            lr=with_rules(params, lambda rule: o.lr * rule.lr),
+            weight_decay=with_rules(params, lambda rule: o.weight_decay * rule.weight_decay),
+            eps=with_rules(params, lambda rule: o.eps * rule.eps),
+        )
+        return clip.init(params), moments.init(params), roles
+
+    def update(grads, state, params=None, *, lr_fraction):
+        clip_state, moments_state, roles = state
+        # Optax mixes weak and strong dtypes.
+        with jax.numpy_dtype_promotion("standard"):
+            grads, clip_state = clip.update(grads, clip_state)
+            if o.eps:
+                grads = jax.tree.map(lambda g, eps: g / (eps / o.eps), grads, roles.eps)
+            directions, moments_state = moments.update(grads, moments_state, params)
+        updates = jax.tree.map(
+            lambda u, p, lr, decay: -(lr_fraction * lr) * (u + decay * p), directions, params, roles.lr, roles.weight_decay
+        )
+        return updates, (clip_state, moments_state, roles)
+
+    return optax.GradientTransformationExtraArgs(init, update)

