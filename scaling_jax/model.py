@@ -227,10 +227,15 @@ class Transformer(nnx.Module):
         elif carrier_BxLxD is None:
             logits_BxLxV = jnp.einsum("bld,vd->blv", h_BxLxD, self.embedding[...].astype(dtype))
         else:
-            logits_BxLxV = unembed_tied(
-                h_BxLxD, self.embedding[...], tokens_BxL, carrier_BxLxD, probe_BxG[:, 0], shards=batch_shards()
-            )
+            logits_BxLxV = unembed_tied(h_BxLxD, self.embedding[...], tokens_BxL, carrier_BxLxD, probe_BxG[:, 0], shards=batch_shards())
         return constrain(logits_BxLxV, "batch", "length", "vocab").astype(jnp.float32)
+
+    def forward_multiplier(self, path: tuple[str, ...]) -> float:
+        """What the forward pass multiplies this parameter's output with."""
+        if path[-1] in ("attention_out", "mlp_out"):
+            return self.blocks.residual_multiplier
+        read_out = path[-1] == "unembedding" or (path[-1] == "embedding" and self.config.tied_embeddings)
+        return self.logit_multiplier if read_out else 1.0
 
 
 def parameter_kind(path: tuple[str, ...]) -> str:

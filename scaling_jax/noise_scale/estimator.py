@@ -84,9 +84,7 @@ def update(state: NoiseScaleState, tokens: Array | float, grad_sq_G: Array, grad
             merged = x_K.reshape(blocks // 2, 2, *x_K.shape[1:]).sum(1)
             return jnp.concatenate([merged, jnp.zeros_like(merged)])
 
-        return NoiseScaleState(
-            *map(pairs, state[:3]), block_tokens=2 * jnp.sum(state.tokens_K) / blocks, open_block=jnp.int32(blocks // 2)
-        )
+        return NoiseScaleState(*map(pairs, state[:3]), block_tokens=2 * jnp.sum(state.tokens_K) / blocks, open_block=jnp.int32(blocks // 2))
 
     def forget(state):  # the oldest block leaves
         def shift(x_K):

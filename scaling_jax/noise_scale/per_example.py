@@ -182,9 +182,7 @@ def _embed_bwd(dtype, residuals, cotangents):
 _embed.defvjp(_embed_fwd, _embed_bwd)
 
 
-def unembed_tied(
-    h_BxLxD: Array, table_VxD: Array, tokens_BxL: Array, carrier_BxLxD: Array, probe_B: Array, *, shards: int = 1
-) -> Array:
+def unembed_tied(h_BxLxD: Array, table_VxD: Array, tokens_BxL: Array, carrier_BxLxD: Array, probe_B: Array, *, shards: int = 1) -> Array:
     """Logits h·tableᵀ of a tied pair.
 
     Args:

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from scaling_jax import noise_scale, optimizer
-from scaling_jax.mesh import batch_shards, sharding, spec
+from scaling_jax.mesh import sharding, spec
 from scaling_jax.model import KINDS, Transformer, TransformerConfig, parameter_kind, sequence_losses
 from scaling_jax.noise_scale import NoiseScale, NoiseScaleState
 from scaling_jax.parametrization import Parametrization
@@ -28,6 +28,7 @@ class TrainState(NamedTuple):
     params: nnx.State
     opt_state: Any
     noise: NoiseScaleState
+    step: Array  # int32, steps taken
     sequences: Array  # int32, sequences seen; the whole state of the data
 
 
@@ -73,6 +74,7 @@ class Trainer:
             self.state_sharding = _state_sharding(mesh, self.abstract_state)
             self.batch_sharding = sharding(mesh, "microbatch", "batch", "length")
             self.eval_sharding = sharding(mesh, "batch", "length")
+        self.abstract_sharded_state = _with_sharding(self.abstract_state, self.state_sharding)
         shardings = {} if mesh is None else {"out_shardings": self.state_sharding}
         # One program, so that the values do not depend on the mesh.
         self._jit_init = jax.jit(self._init, **shardings)
@@ -85,7 +87,7 @@ class Trainer:
 
     def _init(self, key: Array) -> TrainState:
         params = nnx.state(self._model(key), nnx.Param)
-        return TrainState(params, self.optimizer.init(params), noise_scale.estimator.init(len(KINDS)), jnp.int32(0))
+        return TrainState(params, self.optimizer.init(params), noise_scale.estimator.init(len(KINDS)), jnp.int32(0), jnp.int32(0))
 
     def _in_mesh(self, f: Any, *args: Any) -> Any:
         if self.mesh is None:
@@ -109,10 +111,7 @@ class Trainer:
         accumulation = self.config.train.accumulation
         shape = (accumulation, sequences // accumulation, self.config.model.context + 1)
         tokens_AxBxL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
-        state = self.abstract_state
-        if self.mesh is not None:
-            state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.state_sharding)
-        return self._in_mesh(self._jit_step.lower, state, tokens_AxBxL, measure)
+        return self._in_mesh(self._jit_step.lower, self.abstract_sharded_state, tokens_AxBxL, measure)
 
 
 def _train_step(trainer: Trainer, state: TrainState, tokens_AxBxL: Array, measure: bool) -> tuple[TrainState, StepMetrics]:
@@ -137,7 +136,7 @@ def _train_step(trainer: Trainer, state: TrainState, tokens_AxBxL: Array, measur
     params = jax.tree.map(jnp.add, state.params, updates)
 
     metrics = StepMetrics(loss, config.optimizer.lr * lr_fraction, jnp.sqrt(grad_sq_G.sum()), reading, *estimates)
-    return TrainState(params, opt_state, noise, state.sequences + sequences), metrics
+    return TrainState(params, opt_state, noise, state.step + 1, state.sequences + sequences), metrics
 
 
 def _loss_and_gradient(graph: Any, params: nnx.State, tokens_AxBxL: Array, measure: bool) -> tuple[Array, nnx.State, Array | None]:
@@ -176,6 +175,13 @@ def _sq_norm_by_kind(grads: nnx.State) -> Array:
     for path, grad in nnx.to_flat_state(grads):
         sums[parameter_kind(path)] += jnp.sum(jnp.square(grad[...]))
     return jnp.stack(list(sums.values()))
+
+
+def _with_sharding(state: TrainState, shardings: TrainState | None) -> TrainState:
+    if shardings is None:
+        one = SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 def _state_sharding(mesh: Mesh, state: TrainState) -> TrainState:

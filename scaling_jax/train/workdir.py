@@ -1,0 +1,82 @@
+"""A work directory belongs to one run: it says whose it is, and refuses another."""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from scaling_jax import config as config_lib
+from scaling_jax.errors import UserError
+from scaling_jax.train import checkpoint, metrics
+
+CONFIG_FILE, SUMMARY_FILE, FIGURES = "config.json", "summary.json", "figures"
+_OWN = (CONFIG_FILE, SUMMARY_FILE, FIGURES, metrics.FILE, "tensorboard", checkpoint.DIRECTORY, checkpoint.SET_ASIDE)
+
+
+def claim(workdir: Path, config: ConfigDict, data_fingerprint: str, overwrite: bool = False) -> int:
+    """Makes `workdir` this run's, or finds that it is; returns a file descriptor that holds its lock.
+
+    UserError where its identity fields differ (listed), where it is in use, or where it holds a run without a config.json.
+    """
+    identity = json.loads(json.dumps(config_lib.identity(config) | {"data.fingerprint": data_fingerprint}))
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file, must be a directory")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = _lock(workdir)
+    except PermissionError as error:
+        raise UserError(f"--workdir={workdir}: {error.strerror.lower()}") from None
+    if overwrite:
+        for name in _OWN:
+            path = workdir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path = workdir / CONFIG_FILE
+    if path.exists():
+        _check_identity(workdir, identity)
+    elif any((workdir / name).exists() for name in _OWN):
+        raise UserError(f"--workdir={workdir}: holds a run but no {CONFIG_FILE}; give another directory, or --overwrite to delete the run")
+    write_json(path, {"config": config_lib.to_json(config), "identity": identity})
+    return lock
+
+
+def _check_identity(workdir: Path, identity: dict[str, Any]) -> None:
+    try:
+        theirs = json.loads((workdir / CONFIG_FILE).read_text())["identity"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{workdir / CONFIG_FILE}: not a config that scaling_jax wrote; restore it, or --overwrite the run") from None
+    missing = "absent"
+    differ = [
+        f"  config.{name}: {theirs.get(name, missing)!r} there, {identity.get(name, missing)!r} here"
+        for name in identity | theirs
+        if theirs.get(name, missing) != identity.get(name, missing)
+    ]
+    if differ:
+        lines = "\n".join(differ).replace("config.data.fingerprint", "training data")
+        raise UserError(
+            f"--workdir={workdir}: holds another run; give another directory, or --overwrite to delete it. What differs:\n{lines}"
+        )
+
+
+def _lock(workdir: Path) -> int:
+    lock = os.open(workdir / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however it ends
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"--workdir={workdir}: in use by another process") from None
+    return lock
+
+
+def release(lock: int) -> None:
+    os.close(lock)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
