@@ -2,8 +2,8 @@
 
     scaling-jax train --config=configs/cpu_demo.py --workdir=runs/demo
 
-Cost: about 2 minutes on two CPU cores. Expect a held-out loss below 2.0 bits per byte, and a noise scale that
-rises from about 50 tokens to some thousands while the model learns.
+Cost: about 2 minutes on two CPU cores. Expect a held-out loss below 2.0 bits per byte, and a noise scale that rises from some
+tens of tokens to above ten thousand, past the batch size, while the model learns.
 """
 
 from scaling_jax.config import default_config
@@ -16,15 +16,18 @@ def get_config():
     config.model.head_dim = 32
     config.model.context = 64
     config.model.vocab_size = 256
+    config.model.mlp = "swiglu"
+    config.model.mlp_ratio = 8 / 3
     config.parametrization.base_width = 128
     config.parametrization.base_depth = 3
     config.optimizer.lr = 4e-3
     config.schedule.name = "cosine"
     config.schedule.warmup_tokens = 50_000
-    config.train.tokens = 1_700_000
-    config.train.batch_tokens = 32 * 64
+    config.schedule.final_lr_fraction = 0.1
+    config.train.tokens = 1_300_000
+    config.train.batch_tokens = 16 * 64
     config.noise_scale.window_tokens = 100_000
     config.eval.every_tokens = 200_000
-    config.eval.tokens = 1 << 17
+    config.eval.tokens = 1 << 16
     config.checkpoint.every_tokens = 200_000
     return config

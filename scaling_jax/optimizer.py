@@ -35,13 +35,14 @@ def schedule(config: ConfigDict) -> Schedule:
     Linear warmup from 0 over warmup_tokens, then `constant`, `linear` or `cosine` to final_lr_fraction at train.tokens, or `wsd`:
     constant until the last decay_tokens, then linear to final_lr_fraction.
     """
-    s, total = config.schedule, config.train.tokens
-    name, warmup, floor = s.name, s.warmup_tokens, s.final_lr_fraction
-    start = total - config.schedule.decay_tokens if name == "wsd" else warmup
+    s = config.schedule
+    name, floor = s.name, s.final_lr_fraction
+    warmup, total = float(s.warmup_tokens), float(config.train.tokens)  # as floats: token counts overflow int32
+    start = total - s.decay_tokens if name == "wsd" else warmup
 
     def fraction(tokens: Array | float) -> Array:
         tokens = jnp.asarray(tokens, jnp.float32)
-        progress = jnp.clip((tokens - start) / max(total - start, 1), 0.0, 1.0)
+        progress = jnp.clip((tokens - start) / max(total - start, 1.0), 0.0, 1.0)
         if name == "constant":
             decay = jnp.float32(1.0)
         elif name == "cosine":

@@ -106,7 +106,7 @@ class Parametrization:
     depth_exponent: float = 1.0
     embedding_std: float = 1.0
     hidden_std: float = 1.0
-    output_init: str = "zero"
+    output_init: str = "normal"
     decay_mode: str = "independent"
 
     def __post_init__(self):

@@ -29,6 +29,7 @@ class NoiseScaleState(NamedTuple):
     grad_sq_KxG: Array  # Σ tokens·|G|² over the block's steps
     grad_trace_KxG: Array  # Σ tokens·tr Σ
     block_tokens: Array  # a block is full once it holds this much
+    seen_tokens: Array  # weight of all steps so far
     open_block: Array  # int32, index of the block being filled
 
 
@@ -65,7 +66,7 @@ def estimates(sq_norms_BxG: Array, grad_sq_G: Array) -> tuple[Array, Array]:
 def init(groups: int, blocks: int = 64) -> NoiseScaleState:
     """An empty window. `blocks` is even."""
     zeros_KxG = jnp.zeros((blocks, groups), jnp.float32)
-    return NoiseScaleState(jnp.zeros(blocks, jnp.float32), zeros_KxG, zeros_KxG, jnp.float32(0), jnp.int32(0))
+    return NoiseScaleState(jnp.zeros(blocks, jnp.float32), zeros_KxG, zeros_KxG, jnp.float32(0), jnp.float32(0), jnp.int32(0))
 
 
 def update(state: NoiseScaleState, tokens: Array | float, grad_sq_G: Array, grad_trace_G: Array, window_tokens: float) -> NoiseScaleState:
@@ -77,20 +78,21 @@ def update(state: NoiseScaleState, tokens: Array | float, grad_sq_G: Array, grad
     grad_sq_KxG = state.grad_sq_KxG.at[at].add(tokens * grad_sq_G)
     grad_trace_KxG = state.grad_trace_KxG.at[at].add(tokens * grad_trace_G)
     at = at + (tokens_K[at] >= state.block_tokens).astype(jnp.int32)
-    state = NoiseScaleState(tokens_K, grad_sq_KxG, grad_trace_KxG, state.block_tokens, at)
+    state = NoiseScaleState(tokens_K, grad_sq_KxG, grad_trace_KxG, state.block_tokens, state.seen_tokens + tokens, at)
 
     def merge(state):  # the window is not full yet: half as many blocks, twice as long
         def pairs(x_K):
             merged = x_K.reshape(blocks // 2, 2, *x_K.shape[1:]).sum(1)
             return jnp.concatenate([merged, jnp.zeros_like(merged)])
 
-        return NoiseScaleState(*map(pairs, state[:3]), block_tokens=2 * jnp.sum(state.tokens_K) / blocks, open_block=jnp.int32(blocks // 2))
+        block_tokens = 2 * jnp.sum(state.tokens_K) / blocks
+        return NoiseScaleState(*map(pairs, state[:3]), block_tokens, state.seen_tokens, jnp.int32(blocks // 2))
 
     def forget(state):  # the oldest block leaves
         def shift(x_K):
             return jnp.concatenate([x_K[1:], jnp.zeros_like(x_K[:1])])
 
-        return NoiseScaleState(*map(shift, state[:3]), block_tokens=state.block_tokens, open_block=jnp.int32(blocks - 1))
+        return NoiseScaleState(*map(shift, state[:3]), state.block_tokens, state.seen_tokens, jnp.int32(blocks - 1))
 
     def make_room(state):
         return jax.lax.cond(jnp.sum(state.tokens_K) < window_tokens, merge, forget, state)
@@ -99,9 +101,13 @@ def update(state: NoiseScaleState, tokens: Array | float, grad_sq_G: Array, grad
 
 
 def read(state: NoiseScaleState, window_tokens: float) -> NoiseScale:
-    """Means over the newest `window_tokens`, their ratio in sequences and its 95% interval; per group, then of all."""
+    """Means over the window, their ratio in sequences and its 95% interval; per group, then of all.
+
+    The window is the newest `window_tokens`, to a whole block, and never more than the later half of what was seen: the large
+    gradients of a run's start would otherwise rule its mean long after.
+    """
     newer_K = jnp.cumsum(state.tokens_K[::-1])[::-1] - state.tokens_K
-    tokens_K = jnp.where(newer_K < window_tokens, state.tokens_K, 0.0)
+    tokens_K = jnp.where(newer_K < jnp.minimum(window_tokens, state.seen_tokens / 2), state.tokens_K, 0.0)
 
     def with_total(x_KxG):
         x_KxG = jnp.concatenate([x_KxG, x_KxG.sum(1, keepdims=True)], axis=1)

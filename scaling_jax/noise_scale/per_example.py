@@ -90,13 +90,13 @@ def _check_shards(batch: int, shards: int) -> None:
 def scale(x_BxLxD: Array, gain_D: Array, probe_B: Array | None = None) -> Array:
     """y = x·gain, elementwise. The cotangent of probe_B is ‖Σ_l dy_bl·x_bl‖²: summed over positions first, then squared."""
     if probe_B is None:
-        return x_BxLxD * gain_D.astype(x_BxLxD.dtype)
+        return x_BxLxD * gain_D.astype(x_BxLxD.dtype)[None, None]
     return _scale(x_BxLxD, gain_D, probe_B)
 
 
 @jax.custom_vjp
 def _scale(x_BxLxD: Array, gain_D: Array, probe_B: Array) -> Array:
-    return x_BxLxD * gain_D.astype(x_BxLxD.dtype)
+    return x_BxLxD * gain_D.astype(x_BxLxD.dtype)[None, None]
 
 
 def _scale_fwd(x_BxLxD, gain_D, probe_B):
@@ -106,7 +106,7 @@ def _scale_fwd(x_BxLxD, gain_D, probe_B):
 def _scale_bwd(residuals, dy_BxLxD):
     x_BxLxD, gain_D = residuals
     product_BxD = jnp.sum(dy_BxLxD.astype(jnp.float32) * x_BxLxD.astype(jnp.float32), axis=1)
-    return dy_BxLxD * gain_D.astype(dy_BxLxD.dtype), product_BxD.sum(0).astype(gain_D.dtype), jnp.sum(product_BxD**2, axis=1)
+    return dy_BxLxD * gain_D.astype(dy_BxLxD.dtype)[None, None], product_BxD.sum(0).astype(gain_D.dtype), jnp.sum(product_BxD**2, axis=1)
 
 
 _scale.defvjp(_scale_fwd, _scale_bwd)
@@ -115,13 +115,13 @@ _scale.defvjp(_scale_fwd, _scale_bwd)
 def bias(x_BxLxD: Array, bias_D: Array, probe_B: Array | None = None) -> Array:
     """y = x + bias. The cotangent of probe_B is ‖Σ_l dy_bl‖²."""
     if probe_B is None:
-        return x_BxLxD + bias_D.astype(x_BxLxD.dtype)
+        return x_BxLxD + bias_D.astype(x_BxLxD.dtype)[None, None]
     return _bias(x_BxLxD, bias_D, probe_B)
 
 
 @jax.custom_vjp
 def _bias(x_BxLxD: Array, bias_D: Array, probe_B: Array) -> Array:
-    return x_BxLxD + bias_D.astype(x_BxLxD.dtype)
+    return x_BxLxD + bias_D.astype(x_BxLxD.dtype)[None, None]
 
 
 def _bias_fwd(x_BxLxD, bias_D, probe_B):

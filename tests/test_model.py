@@ -1,0 +1,158 @@
+"""The transformer: shapes, causality, options, and its use in somebody else's loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from scaling_jax import Parametrization, Transformer, TransformerConfig, sequence_losses
+from scaling_jax.config import default_config
+from scaling_jax.errors import UserError
+from scaling_jax.model import KINDS, causal_attention, parameter_kind, rms_norm, rotary
+
+
+def small(**fields):
+    return TransformerConfig(**({"vocab_size": 32, "width": 32, "depth": 2, "head_dim": 8, "context": 16} | fields))
+
+
+def tokens_BxL(batch=4, length=16, vocab=32, seed=0):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, vocab)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tied_embeddings": True}, {"mlp": "relu2"}, {"mlp": "swiglu", "compute_dtype": "bfloat16"}])
+def test_logits_are_float32_of_the_right_shape(fields):
+    logits = Transformer(small(**fields), rngs=nnx.Rngs(0))(tokens_BxL())
+    assert logits.shape == (4, 16, 32) and logits.dtype == jnp.float32 and bool(jnp.isfinite(logits).all())
+
+
+def test_no_position_sees_a_later_one():
+    model = Transformer(small(), rngs=nnx.Rngs(0))
+    tokens = tokens_BxL()
+    changed = tokens.at[:, 10].set((tokens[:, 10] + 1) % 32)
+    before, after = model(tokens), model(changed)
+    np.testing.assert_array_equal(before[:, :10], after[:, :10])
+    assert not np.allclose(before[:, 10:], after[:, 10:])
+    assert not np.allclose(before[:, 12], after[:, 12])  # and later ones do attend to it
+
+
+def test_attention_against_numpy():
+    q, k, v = (np.asarray(jax.random.normal(jax.random.key(i), (2, 3, 5, 4)), np.float64) for i in range(3))
+    expected = np.zeros_like(v)
+    for b in range(2):
+        for h in range(3):
+            for i in range(5):
+                w = np.exp(0.7 * q[b, h, i] @ k[b, h, : i + 1].T)
+                expected[b, h, i] = w @ v[b, h, : i + 1] / w.sum()
+    found = causal_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), 0.7)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_makes_products_depend_on_distance_alone():
+    q, k = (jnp.broadcast_to(jax.random.normal(jax.random.key(i), (1, 1, 1, 8)), (1, 1, 12, 8)) for i in range(2))
+    products = jnp.einsum("bhlk,bhmk->bhlm", rotary(q, 100.0), rotary(k, 100.0))[0, 0]
+    for distance in range(1, 11):
+        np.testing.assert_allclose(np.diagonal(products, -distance), products[distance, 0], rtol=1e-4, atol=1e-5)
+    assert abs(products[1, 0] - products[2, 0]) > 1e-3
+    np.testing.assert_allclose(jnp.linalg.norm(rotary(q, 100.0), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
+
+
+def test_rms_norm():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 50)) * 7
+    np.testing.assert_allclose(jnp.mean(rms_norm(x) ** 2, axis=-1), 1, rtol=1e-5)
+
+
+def test_losses_against_log_softmax_per_sequence():
+    logits = 5 * jax.random.normal(jax.random.key(0), (3, 7, 11))
+    targets = tokens_BxL(3, 7, 11)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(1)
+    np.testing.assert_allclose(sequence_losses(logits, targets), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"mlp": "swiglu", "mlp_ratio": 8 / 3}, {"tied_embeddings": True}])
+def test_params_counts_what_is_there(fields):
+    config = small(**fields)
+    state = dict(nnx.to_flat_state(nnx.state(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param)))
+    body = sum(p.size for path, p in state.items() if "embedding" not in path[-1])
+    assert config.params == body
+    if not fields:
+        assert config.params == 12 * 2 * 32**2  # Kaplan's 12·depth·width²
+        assert config.flops_per_token == 6 * config.params + 12 * 2 * 16 * 32
+
+
+def test_remat_changes_nothing_but_memory():
+    tokens = tokens_BxL(4, 17)
+
+    def gradient(remat):
+        graph, params = nnx.split(Transformer(small(remat=remat), rngs=nnx.Rngs(0)))
+
+        def loss(params):
+            return jnp.mean(sequence_losses(nnx.merge(graph, params)(tokens[:, :-1]), tokens[:, 1:]))
+
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+
+    plain = gradient("none")
+    for remat in ("dots", "full"):
+        for a, b in zip(gradient(remat), plain, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_every_parameter_has_a_kind_a_role_and_axes():
+    for fields in ({}, {"tied_embeddings": True}, {"mlp": "swiglu"}):
+        for path, param in nnx.to_flat_state(nnx.state(Transformer(small(**fields), rngs=nnx.Rngs(0)), nnx.Param)):
+            metadata = param.get_metadata()
+            assert metadata["role"] in ("embedding", "hidden", "output") and len(metadata["axes"]) == 2
+            expected = "mlp" if "mlp" in path[-1] else path[-1] if "embedding" in path[-1] else "attention"
+            assert parameter_kind(path) == expected and expected in KINDS
+
+
+def test_initial_parameters_have_the_tables_std_and_differ_by_layer_and_seed():
+    model = Transformer(small(width=128, depth=3), Parametrization("mup", base_width=128), rngs=nnx.Rngs(0))
+    query = np.asarray(model.blocks.query[...])
+    np.testing.assert_allclose(query.std(axis=(1, 2)), 128**-0.5, rtol=0.03)
+    assert abs(np.corrcoef(query[0].ravel(), query[1].ravel())[0, 1]) < 0.03
+    assert abs(np.corrcoef(query[0].ravel(), np.asarray(model.blocks.key[...])[0].ravel())[0, 1]) < 0.03
+    other = Transformer(small(width=128, depth=3), rngs=nnx.Rngs(1))
+    assert abs(np.corrcoef(query.ravel(), np.asarray(other.blocks.query[...]).ravel())[0, 1]) < 0.03
+
+
+def test_the_model_in_somebody_elses_optax_loop():
+    """As README shows it: nothing of the package but the model."""
+    model = Transformer(small(), rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+    tokens = tokens_BxL(8, 17)
+
+    @nnx.jit
+    def step(model, optimizer, tokens):
+        def loss_fn(model):
+            return sequence_losses(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        with jax.numpy_dtype_promotion("standard"):
+            optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer, tokens)) for _ in range(60)]
+    assert losses[-1] < 0.3 * losses[0]  # eight sequences are soon known by heart
+
+
+def test_import_alone_is_quick_and_light():
+    """`import scaling_jax` and the model need no trainer, no data reader, no plots."""
+    import subprocess
+    import sys
+
+    code = "import sys; from scaling_jax import Transformer; print([m for m in ('orbax', 'grain', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), [({"head_dim": 12}, "divide width, 32"), ({"mlp": "glu"}, "mlp is 'glu'"), ({"remat": "all"}, "remat is 'all'")]
+)
+def test_impossible_shapes_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        small(**fields)
+
+
+def test_config_fields_are_the_models():
+    assert set(default_config().model.keys()) == set(TransformerConfig.__dataclass_fields__)

@@ -1,0 +1,24 @@
+"""A run that is killed at random moments ends exactly as one that is not."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+_SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kills.py"
+_spec = importlib.util.spec_from_file_location("kills", _SCRIPT)
+kills = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(kills)
+
+
+def test_five_kills_change_nothing(tmp_path):
+    moments = kills.trial(tmp_path, 5, 96_000, seed=1)
+    assert len(moments) == 5
+    with pytest.raises(AssertionError):  # the comparison itself can fail: another seed is another run
+        other = tmp_path / "other"
+        kills.FIELDS["train.seed"] = 1
+        try:
+            kills.run_to_the_end(other, 6400)
+        finally:
+            del kills.FIELDS["train.seed"]
+        kills.compare(tmp_path / "whole", other)
