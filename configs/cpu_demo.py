@@ -24,7 +24,7 @@ def get_config():
     config.schedule.name = "cosine"
     config.schedule.warmup_tokens = 50_000
     config.schedule.final_lr_fraction = 0.1
-    config.train.tokens = 1_300_000
+    config.train.tokens = 1_100_000
     config.train.batch_tokens = 16 * 64
     config.noise_scale.window_tokens = 100_000
     config.eval.every_tokens = 200_000

@@ -3,14 +3,17 @@
 Exit codes: 0 done; 1 the run diverged; 2 bad input, with one message and nothing half-written; 128 + n stopped by signal n, saved.
 """
 
+import ctypes
+import difflib
 import os
+import re
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
@@ -19,7 +22,7 @@ from scaling_jax.errors import UserError
 class Verb(NamedTuple):
     summary: str
     example: str
-    define: Callable[[flags.FlagValues, Sequence[str]], None]
+    define: Callable[[flags.FlagValues], None]
     run: Callable[[flags.FlagValues], int]
 
 
@@ -30,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if argv else 2
     name, *rest = argv
+    if name not in VERBS:
+        print(f"scaling-jax: no such verb: {name}{_did_you_mean(name, VERBS)}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
     try:
-        if name not in VERBS:
-            raise UserError(f"no such verb: {name}; there are {', '.join(VERBS)}")
         values = _parse(name, rest)
         return VERBS[name].run(values) if values is not None else 0
     except UserError as error:
@@ -55,72 +59,101 @@ def _parse(name: str, argv: Sequence[str]) -> flags.FlagValues | None:
     """The verb's flags; None if only help was asked for. UserError for any flag that is unknown or wrong."""
     verb = VERBS[name]
     values = flags.FlagValues()
-    verb.define(values, ["scaling-jax", *argv])
+    verb.define(values)
     if any(arg in ("-h", "--help") for arg in argv):
-        rows = _flag_rows(values)
-        print("\n".join([verb.summary, "", f"  {verb.example}", "", *rows]))
+        print("\n".join([verb.summary, "", f"  {verb.example}", "", *_flag_rows(values)]))
         return None
-    _check_overrides(argv)
+    overrides = {}
     try:
-        extra = values(["scaling-jax", *argv])[1:]
+        argv = values.read_flags_from_files(["scaling-jax", *argv], force_gnu=False)
+        if "config" in values:
+            argv, overrides = _split_overrides(argv)
+        extra = values(argv)[1:]
     except flags.Error as error:
-        raise UserError(_first_line(error)) from None
-    except FileNotFoundError as error:
-        raise UserError(f"--config={error.filename}: no such file") from None
-    except Exception as error:  # whatever the config file's own code raises
-        where = next((arg for arg in argv if arg.startswith("--config=")), "--config")
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{where}: {type(error).__name__}: {_first_line(error)} ({line.filename}, line {line.lineno})") from None
+        raise UserError(_flag_fault(error, values)) from None
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}: flags are given as --flag=value")
+    if "config" in values and values.config:
+        config = config_lib.load(values.config)
+        for field, value in overrides.items():
+            _set(config, field, value)
+        values.config = config
     return values
 
 
 def _flag_rows(values: flags.FlagValues) -> list[str]:
-    return [f"  --{key}  {values[key].help}" for key in values if "." not in key]
+    rows = [(f"--{key}", values[key].help, values[key].default) for key in values]
+    lines = [f"  {flag:<20}{text}{f'; by default {default}' if default else ''}" for flag, text, default in rows]
+    if "config" not in values:
+        return lines
+    fields = [f"  --config.{name:<32}{field.doc}; by default {field.default!r}" for name, field in config_lib.FIELDS.items()]
+    return [*lines, "", "fields of the config:", "", *fields]
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
-def _check_overrides(argv: Sequence[str]) -> None:
-    """Names every --config.section.key that is no field, and every value of a wrong type, before anything is read."""
-    faults = []
-    for arg in argv:
-        flag, has_value, value = arg.partition("=")
-        if not flag.startswith("--config."):
+def _flag_fault(error: flags.Error, values: flags.FlagValues) -> str:
+    """absl's message, in the words of the other messages."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        hint = _did_you_mean(error.flagname, values, "--") or f"; there are {', '.join(f'--{key}' for key in values)}"
+        return f"--{error.flagname}: no such flag{hint}"
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    given = re.match(r"flag --(\w+)=(.*?): ", text)
+    if isinstance(error, flags.IllegalFlagValueError) and given and given[1] in values:
+        kind = {"bool": "true or false", "int": "an integer"}.get(values[given[1]].parser.flag_type())
+        return f"--{given[1]}={given[2]}: must be {kind}" if kind else text
+    return text
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The other arguments, and the values of all --config.section.key=value; UserError names every wrong one at once."""
+    others, overrides, faults = [], {}, []
+    left = list(argv)
+    while left:
+        arg = left.pop(0)
+        if arg == "--":
+            others += [arg, *left]
+            break
+        match = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", arg, re.DOTALL)
+        if match is None:
+            others.append(arg)
             continue
-        name = flag.removeprefix("--config.")
+        negated, name, text = match.groups()
         if name not in config_lib.FIELDS:
             faults.append(f"--config.{name}: no such field{config_lib.nearest(name)}")
-        elif not has_value:
-            faults.append(f"{flag}: needs a value, {flag}=…")
-        elif type_fault := _type_fault(value, config_lib.FIELDS[name].default):
-            faults.append(f"{arg}: {type_fault}")
+            continue
+        if isinstance(config_lib.FIELDS[name].default, bool) and text is None:
+            text = "false" if negated else "true"
+        elif text is None and left and not left[0].startswith("--"):
+            text = left.pop(0)
+        if text is None:
+            faults.append(f"{arg}: needs a value, {arg}=…")
+            continue
+        try:
+            overrides[name] = config_lib.parse(name, text)
+        except ValueError as error:
+            faults.append(f"--config.{name}={text}: {error}")
     if faults:
         raise UserError("\n".join(faults))
+    return others, overrides
 
 
-def _type_fault(value: str, default: object) -> str | None:
-    if isinstance(default, bool):
-        return None if value.lower() in ("true", "false") else "must be true or false"
-    if isinstance(default, int | float):
-        try:
-            type(default)(value)
-        except ValueError:
-            return "must be an integer" if isinstance(default, int) else "must be a number"
-    return None
+def _set(config: ConfigDict, name: str, value: Any) -> None:
+    section, key = name.split(".")
+    if section not in config or key not in config[section]:
+        raise UserError(f"config.{name}: missing; build configs from scaling_jax.config.default_config()")
+    config[section][key] = value
 
 
-def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "config file; --config.section.key=value changes a field of it", flag_values=values, sys_argv=list(argv)
-    )
+def _define_config(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("config", None, "file with a get_config(); --config.section.key=value changes a field", flag_values=values)
 
 
-def _config(values: flags.FlagValues):
-    if values.config is None:
+def _config(values: flags.FlagValues) -> ConfigDict:
+    if not values.config:
         raise UserError("--config=FILE is missing, for example --config=configs/cpu_demo.py")
     config_lib.validate(values.config)
     return values.config
@@ -129,11 +162,13 @@ def _config(values: flags.FlagValues):
 def _workdir(values: flags.FlagValues) -> str:
     if not values.workdir:
         raise UserError("--workdir=DIR is missing: where the run is kept, and continued if it was stopped")
+    if "://" in values.workdir:
+        raise UserError(f"--workdir={values.workdir}: must be a directory of a file system; mount the bucket")
     return values.workdir
 
 
-def _define_train(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    _define_config(values, argv)
+def _define_train(values: flags.FlagValues) -> None:
+    _define_config(values)
     flags.DEFINE_string("workdir", None, "directory of the run; an unfinished run there is continued", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "delete the run that is in workdir, and start again", flag_values=values)
 
@@ -141,6 +176,7 @@ def _define_train(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def _train(values: flags.FlagValues) -> int:
     config, workdir = _config(values), _workdir(values)
     use_compilation_cache()
+    _keep_freed_memory()
     from scaling_jax.report.run import report_run
     from scaling_jax.train.loop import train
 
@@ -153,7 +189,7 @@ def _train(values: flags.FlagValues) -> int:
     return 1 if summary["status"] == "diverged" else 0
 
 
-def _define_tokenize(values: flags.FlagValues, argv: Sequence[str]) -> None:
+def _define_tokenize(values: flags.FlagValues) -> None:
     flags.DEFINE_list("input", None, "text files (.txt, .txt.xz), globs or directories, comma-separated", flag_values=values)
     flags.DEFINE_string("out", None, "directory to make", flag_values=values)
     flags.DEFINE_string("tokenizer", "bytes", "'bytes', or the path of a Hugging Face tokenizer.json", flag_values=values)
@@ -162,6 +198,7 @@ def _define_tokenize(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def _tokenize(values: flags.FlagValues) -> int:
+    from scaling_jax.data.console import LiveLine
     from scaling_jax.data.tokenize import tokenize_files
     from scaling_jax.data.tokenizers import load_tokenizer
 
@@ -172,9 +209,29 @@ def _tokenize(values: flags.FlagValues) -> int:
     if values.holdout_every < 0 or values.holdout_every == 1:
         raise UserError(f"--holdout_every={values.holdout_every}: must be 0 (none) or at least 2")
     tokenizer = load_tokenizer(values.tokenizer)
-    summary = tokenize_files(values.input, values.out, tokenizer, values.holdout_every, split_documents=values.split_documents)
-    print(summary)
+    line = LiveLine(seconds=10, at_once=False)
+
+    def on_progress(done: int, files: int, tokens: int) -> None:
+        line.show(f"{done:,}/{files:,} files · {tokens:,} tokens")
+
+    try:
+        summary = tokenize_files(values.input, values.out, tokenizer, values.holdout_every, on_progress, values.split_documents)
+    finally:
+        line.end()
+    print(_token_table(summary))
     return 0
+
+
+def _token_table(summary: dict[str, dict[str, Any]]) -> str:
+    rows = [("split", "documents", "tokens", "bytes", "shards", "directory")]
+    for split, part in summary.items():
+        counts = (f"{part[key]:,}" for key in ("documents", "tokens", "text_bytes", "shards"))
+        rows.append((split, *counts, str(Path(part["directory"]))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)), row[-1]])
+        for row in rows
+    )
 
 
 def _parametrization(values: flags.FlagValues) -> int:
@@ -185,11 +242,25 @@ def _parametrization(values: flags.FlagValues) -> int:
     return 0
 
 
+def _keep_freed_memory() -> None:
+    """Tells glibc not to return freed memory to the kernel.
+
+    XLA's CPU backend frees its temporaries after each step; mapping them again costs up to a third of a small model's step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of malloc.h
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+    mallopt(top_pad, 1 << 28)
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, so that a second start is quick."""
     import hashlib
     import platform
-    from pathlib import Path
 
     import jax
 

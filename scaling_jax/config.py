@@ -5,10 +5,15 @@ same run is carried out (mesh, accumulation, prefetch, logging, paths). A work d
 continued under any execution.
 """
 
+import ast
 import dataclasses
 import difflib
 import json
+import re
+import runpy
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -70,7 +75,7 @@ FIELDS: dict[str, Field] = {
     "schedule.final_lr_fraction": Field(0.0, "lr at the end over the peak", minimum=0),
     "train.tokens": Field(1 << 20, "token budget T of the run", minimum=1),
     "train.batch_tokens": Field(2048, "tokens per optimizer step", minimum=1),
-    "train.seed": Field(0, "seed of the initial parameters and of the data order", minimum=0),
+    "train.seed": Field(0, "seed of the initial parameters and of the data order; JAX keys take 32 bits", minimum=0, below=1 << 32),
     "train.accumulation": _execution(1, "microbatches per optimizer step", minimum=1),
     "batch.schedule": Field("constant", "course of the batch size", choices=("constant",)),
     "mesh.replica": _execution(1, "devices along the axis that only copies parameters", minimum=1),
@@ -83,6 +88,7 @@ FIELDS: dict[str, Field] = {
     "data.train_tokens": Field(0, "train on this many tokens of the data; 0 is all of it", minimum=0),
     "data.repeat": Field(False, "allow more than one pass over the data"),
     "data.cache": _execution("", "directory for the built-in corpus's tokens; empty is the user's cache directory"),
+    "data.verify": _execution(True, "compare every shard of the data with its checksum at the start; reads them all"),
     "data.prefetch": _execution(2, "batches read ahead", minimum=1),
     "noise_scale.every": Field(1, "measure at every n-th step; 0 is off", minimum=0),
     "noise_scale.window_tokens": Field(0, "tokens that the running means look back at most; 0 is train.tokens / 8", minimum=0),
@@ -109,6 +115,82 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+def load(spec: str) -> ConfigDict:
+    """What get_config() of a Python file returns; 'FILE:text' calls get_config('text').
+
+    Raises:
+      UserError: there is no such file, its code fails (the line is named), or it returns no ConfigDict.
+    """
+    path, *argument = spec.split(":", 1)
+    if not Path(path).is_file():
+        seen_from = "" if Path(path).is_absolute() else f", seen from {Path.cwd()}"
+        raise UserError(f"--config={path}: {'is a directory' if Path(path).is_dir() else 'no such file'}{seen_from}")
+    try:
+        get_config = runpy.run_path(path, run_name="scaling_jax_config").get("get_config")
+        if not callable(get_config):
+            raise UserError(
+                f"--config={path}: defines no function get_config(); it must return a changed scaling_jax.config.default_config()"
+            )
+        config = get_config(*argument)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the file's own code raises
+        raise UserError(f"--config={path}{_line_in(path, error)}: {_reason(error)}") from error
+    if type(config) is not ConfigDict:
+        kind = type(config).__name__
+        raise UserError(f"--config={path}: get_config() returned {kind}; must return a changed scaling_jax.config.default_config()")
+    return config
+
+
+def _line_in(path: str, error: BaseException) -> str:
+    """', line 5' of the file, ''  where the error does not touch it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        lines.append(error.lineno)
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    unknown = re.match(r"""[\\'"]*(?:Key [\\'"]*)?(\w+)""", text) if isinstance(error, AttributeError | KeyError) else None
+    if unknown:  # ConfigDict lists every other field at length
+        return f"no such field: {unknown[1]}{nearest(unknown[1])}"
+    wrong = re.search(
+        r"field '(\w+)'.*?\. (.*) is of original type <class '.*?'> and cannot be casted to type <class '(.*?)'>", text, re.DOTALL
+    )
+    if wrong:
+        return f"{wrong[1]} is {wrong[2]}: must be of type {wrong[3].split('.')[-1]}"
+    if isinstance(error, SyntaxError):
+        return f"syntax error: {error.msg}"
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def parse(name: str, text: str) -> Any:
+    """The value of field `name` that `text` spells; ValueError, saying what would be right, if it spells none."""
+    kind = type(FIELDS[name].default)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("must be true or false")
+        return text.lower() == "true"
+    if kind is tuple:
+        return _parse_tuple(text)
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError("must be an integer" if kind is int else "must be a number") from None
+
+
+def _parse_tuple(text: str) -> tuple[Any, ...]:
+    """'5' is (5,), 'a,b' is ('a', 'b'), and "('a', 'b')" is what Python makes of it."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        if text.startswith(("(", "[")):
+            raise ValueError("must be a tuple, for example \"('a', 'b')\" or (1, 2)") from None
+        return tuple(part for part in text.split(",") if part)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """{'model.width': 128, …}, in the order of the config."""
 
@@ -128,10 +210,12 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 
 
 def nearest(name: str) -> str:
-    """' (did you mean …?)' for an unknown dotted field name, or ''."""
-    close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
-    if not close:  # the right key under the wrong section
-        close = [known for known in FIELDS if known.split(".")[-1] == name.split(".")[-1]][:1]
+    """' (did you mean …?)' for an unknown field name, or ''."""
+    keys = {known.split(".")[-1]: known for known in reversed(FIELDS)}
+    key = name.split(".")[-1]
+    close = [keys[key]] if key in keys else difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+    if not close:  # a slip in a key without its section
+        close = [keys[near] for near in difflib.get_close_matches(key, keys, n=1)]
     return f" (did you mean config.{close[0]}?)" if close else ""
 
 
@@ -173,7 +257,10 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
 def _field_faults(config: ConfigDict) -> list[str]:
     values = flatten(config)
     faults = [f"config.{name}: no such field{nearest(name)}" for name in values if name not in FIELDS]
-    faults += [f"config.{name}: missing; build configs from scaling_jax.config.default_config()" for name in FIELDS if name not in values]
+    missing = [f"config.{name}" for name in FIELDS if name not in values]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        faults.append(f"{', '.join(missing[:3])}{more}: missing; build configs from scaling_jax.config.default_config()")
     for name, field in FIELDS.items():
         if name not in values:
             continue
@@ -206,10 +293,15 @@ def _relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
         faults += _mesh_faults(config, device_count)
     shards = mesh.replica * max(1, mesh.fsdp)
     unit = model.context * shards * train.accumulation
-    if train.batch_tokens % unit:
+    if train.batch_tokens % unit and mesh.fsdp >= 0:  # -1 is not resolved yet
         faults.append(
             f"config.train.batch_tokens is {train.batch_tokens}: must be a multiple of {unit} "
             f"(context {model.context} x replica·fsdp {shards} x accumulation {train.accumulation})"
+        )
+    elif config.noise_scale.every and sequences_per_batch(config) < 2:
+        faults.append(
+            f"config.train.batch_tokens is {train.batch_tokens}: one sequence of context {model.context}, but noise is measured between "
+            f"sequences; must be at least {2 * model.context}, or config.noise_scale.every=0"
         )
     if train.tokens // model.context >= 1 << 31:
         faults.append(f"config.train.tokens is {train.tokens}: at context {model.context} at most {((1 << 31) - 1) * model.context}")
@@ -221,7 +313,7 @@ def _relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
             f"longer than the run, config.train.tokens {train.tokens}"
         )
     for value in config.checkpoint.keep_at_tokens:
-        if not isinstance(value, int) or not 0 < value <= train.tokens:
+        if type(value) is not int or not 0 < value <= train.tokens:
             faults.append(f"config.checkpoint.keep_at_tokens has {value!r}: must be integers from 1 to config.train.tokens, {train.tokens}")
     for entry in config.data.eval_domains:
         if not isinstance(entry, str) or not all(entry.partition("=")):

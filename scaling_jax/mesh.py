@@ -15,6 +15,7 @@ AXES = ("replica", "fsdp", "tensor", "member")
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("replica", "fsdp"),
+    "replica": "replica",
     "microbatch": None,
     "length": None,
     "residual": None,
@@ -45,9 +46,15 @@ def sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """`x`, told to the partitioner to lie as its logical axes say; as it is where there is no current mesh of several devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or set(AXES) - set(mesh.axis_names):
+    if on_one_device() or set(AXES) - set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
+
+
+def on_one_device() -> bool:
+    """Whether there is no current mesh of several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def batch_shards() -> int:

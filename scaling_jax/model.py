@@ -16,8 +16,8 @@ from jax import Array
 
 from scaling_jax.config import mlp_width
 from scaling_jax.errors import UserError
-from scaling_jax.mesh import batch_shards, constrain
-from scaling_jax.noise_scale import dense, embed, embed_tied, unembed_tied
+from scaling_jax.mesh import batch_shards, constrain, on_one_device
+from scaling_jax.noise_scale import dense, dense_many, embed, embed_tied, unembed_tied
 from scaling_jax.parametrization import Parametrization
 
 KINDS = ("embedding", "attention", "mlp", "unembedding")  # groups of a probe [B, len(KINDS)]
@@ -145,28 +145,32 @@ class Block(nnx.Module):
 
     def attend(self, x_BxLxD: Array, probe_B: Array | None) -> Array:
         batch, length, _ = x_BxLxD.shape
-        product = partial(dense, probe_B=probe_B, shards=batch_shards())
 
         def heads_first(x_BxLxHK: Array) -> Array:  # a layout whose products run twice as fast on CPU as [B, L, H, K]
             x_BxLxHK = constrain(x_BxLxHK, "batch", "length", "heads")
             return x_BxLxHK.reshape(batch, length, self.config.heads, self.config.head_dim).swapaxes(1, 2)
 
-        q_BxHxLxK = rotary(heads_first(product(x_BxLxD, self.query[...])), self.config.rope_theta)
-        k_BxHxLxK = rotary(heads_first(product(x_BxLxD, self.key[...])), self.config.rope_theta)
-        v_BxHxLxK = heads_first(product(x_BxLxD, self.value[...]))
+        projections = dense_many(
+            x_BxLxD,
+            (self.query[...], self.key[...], self.value[...]),
+            probe_B,
+            shards=batch_shards(),
+            joined=on_one_device(),
+        )
+        q_BxHxLxK, k_BxHxLxK, v_BxHxLxK = map(heads_first, projections)
+        q_BxHxLxK, k_BxHxLxK = (rotary(x_BxHxLxK, self.config.rope_theta) for x_BxHxLxK in (q_BxHxLxK, k_BxHxLxK))
         y_BxHxLxK = causal_attention(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, self.attention_scale)
         y_BxLxD = constrain(y_BxHxLxK.swapaxes(1, 2).reshape(batch, length, -1), "batch", "length", "heads")
-        return product(y_BxLxD, self.attention_out[...])
+        return dense(y_BxLxD, self.attention_out[...], probe_B, shards=batch_shards())
 
     def feed_forward(self, x_BxLxD: Array, probe_B: Array | None) -> Array:
-        product = partial(dense, probe_B=probe_B, shards=batch_shards())
         activation = _ACTIVATIONS[self.config.mlp]
-        h_BxLxF = constrain(product(x_BxLxD, self.mlp_in[...]), "batch", "length", "mlp")
-        if self.config.mlp == "swiglu":
-            h_BxLxF = activation(constrain(product(x_BxLxD, self.mlp_gate[...]), "batch", "length", "mlp")) * h_BxLxF
-        else:
-            h_BxLxF = activation(h_BxLxF)
-        return product(h_BxLxF, self.mlp_out[...])
+        gated = self.config.mlp == "swiglu"
+        ws_DxF = (self.mlp_in[...], self.mlp_gate[...]) if gated else (self.mlp_in[...],)
+        hs_BxLxF = dense_many(x_BxLxD, ws_DxF, probe_B, shards=batch_shards(), joined=on_one_device())
+        hs_BxLxF = [constrain(h_BxLxF, "batch", "length", "mlp") for h_BxLxF in hs_BxLxF]
+        h_BxLxF = activation(hs_BxLxF[-1]) * hs_BxLxF[0] if gated else activation(hs_BxLxF[0])
+        return dense(h_BxLxF, self.mlp_out[...], probe_B, shards=batch_shards())
 
 
 class Transformer(nnx.Module):
@@ -209,7 +213,8 @@ class Transformer(nnx.Module):
             x_BxLxD, carrier_BxLxD = embed_tied(self.embedding[...], tokens_BxL, probe_BxG[:, 0], dtype=dtype)
         else:
             x_BxLxD = embed(self.embedding[...], tokens_BxL, probe_BxG[:, 0], dtype=dtype)
-        x_BxLxD = constrain(x_BxLxD, "batch", "length", "residual")
+        # The table is sharded along its width. Said in two steps, the partitioner exchanges pieces and does not copy the whole.
+        x_BxLxD = constrain(constrain(x_BxLxD, "replica", "length", "embed"), "batch", "length", "residual")
 
         graph, layers = nnx.split(self.blocks)
 
@@ -225,7 +230,7 @@ class Transformer(nnx.Module):
             probe_B = None if probe_BxG is None else probe_BxG[:, 3]
             logits_BxLxV = dense(h_BxLxD, self.unembedding[...], probe_B, shards=batch_shards())
         elif carrier_BxLxD is None:
-            logits_BxLxV = jnp.einsum("bld,vd->blv", h_BxLxD, self.embedding[...].astype(dtype))
+            logits_BxLxV = dense(h_BxLxD, self.embedding[...].T, shards=batch_shards())
         else:
             logits_BxLxV = unembed_tied(h_BxLxD, self.embedding[...], tokens_BxL, carrier_BxLxD, probe_BxG[:, 0], shards=batch_shards())
         return constrain(logits_BxLxV, "batch", "length", "vocab").astype(jnp.float32)

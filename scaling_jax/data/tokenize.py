@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import glob
 import itertools
 import lzma
@@ -52,7 +53,7 @@ def tokenize_files(
 
     Raises:
       UserError: `out` exists; an input matches nothing, is not UTF-8 (names the byte, of the unpacked text), or is damaged xz;
-        there is no text; or there are too few documents to hold one out.
+        there is no text; there are too few documents to hold one out; or the disk is full or cannot be written.
     """
     out = Path(out)
     refuse_existing(out)
@@ -61,17 +62,21 @@ def tokenize_files(
     files = find_text_files(inputs)
     if not split_documents:
         _require_holdout(len(files), holdout_every, inputs)
-    with contextlib.ExitStack() as stack:
-        if holdout_every:
-            staging = stack.enter_context(staged_directory(out))
-            splits = {"train": staging / "train", "heldout": staging / "heldout"}
-        else:
-            splits = {"all": out}
-        writers = {split: stack.enter_context(ShardWriter(directory, tokenizer)) for split, directory in splits.items()}
-        documents = _write(files, writers, tokenizer, holdout_every, split_documents, on_progress)
-        if not documents:
-            raise UserError(f"{', '.join(map(str, inputs))}: no text in {len(files)} files")
-        _require_holdout(documents, holdout_every, inputs)
+    try:
+        with contextlib.ExitStack() as stack:
+            if holdout_every:
+                staging = stack.enter_context(staged_directory(out))
+                splits = {"train": staging / "train", "heldout": staging / "heldout"}
+            else:
+                splits = {"all": out}
+            writers = {split: stack.enter_context(ShardWriter(directory, tokenizer)) for split, directory in splits.items()}
+            documents = _write(files, writers, tokenizer, holdout_every, split_documents, on_progress)
+            if not documents:
+                raise UserError(f"{', '.join(map(str, inputs))}: no text in {len(files)} files")
+            _require_holdout(documents, holdout_every, inputs)
+    except OSError as error:  # of writing: read_text has its own
+        reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be written: {error.strerror}"
+        raise UserError(f"{out}: {reason}; nothing was written") from error
     return {split: _summary(out / split if holdout_every else out, writer.index) for split, writer in writers.items()}
 
 

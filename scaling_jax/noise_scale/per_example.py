@@ -20,6 +20,8 @@ squared norms of several uses do not add up to the squared norm of their sum.
 own sequences at the same time. It changes the order of the sum and nothing else.
 """
 
+import itertools
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -40,14 +42,33 @@ def dense(x_BxLxI: Array, w_IxO: Array, probe_B: Array | None = None, *, shards:
       y_BxLxO. The cotangent of probe_B is ‖x_bᵀ·dy_b‖².
     """
     if probe_B is None:
-        return jnp.einsum("bli,io->blo", x_BxLxI, w_IxO.astype(x_BxLxI.dtype))
+        return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards)
     _check_shards(x_BxLxI.shape[0], shards)
     return _dense(shards, x_BxLxI, w_IxO, probe_B)
 
 
+def dense_many(x_BxLxI: Array, ws_IxO: Sequence[Array], probe_B: Array | None = None, *, shards: int = 1, joined: bool) -> list[Array]:
+    """[dense(x, w, probe) for each w], as one wide product if `joined`: fewer and larger products, which pays on one device.
+
+    Where the output dimension is sharded, leave `joined` off: joining would move the shards.
+    """
+    if not joined:
+        return [dense(x_BxLxI, w_IxO, probe_B, shards=shards) for w_IxO in ws_IxO]
+    y_BxLxO = dense(x_BxLxI, jnp.concatenate(ws_IxO, axis=1), probe_B, shards=shards)
+    ends = list(itertools.accumulate(w_IxO.shape[1] for w_IxO in ws_IxO))
+    return jnp.split(y_BxLxO, ends[:-1], axis=2)
+
+
+def _product(x_BxLxI: Array, w_IxO: Array, shards: int) -> Array:
+    """x·W. Where nothing is sharded B and L are one axis, since XLA's CPU backend is slow at the gradient of the other form."""
+    if shards > 1:
+        return jnp.einsum("bli,io->blo", x_BxLxI, w_IxO)
+    return (x_BxLxI.reshape(-1, x_BxLxI.shape[2]) @ w_IxO).reshape(*x_BxLxI.shape[:2], -1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dense(shards: int, x_BxLxI: Array, w_IxO: Array, probe_B: Array) -> Array:
-    return jnp.einsum("bli,io->blo", x_BxLxI, w_IxO.astype(x_BxLxI.dtype))
+    return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards)
 
 
 def _dense_fwd(shards, x_BxLxI, w_IxO, probe_B):
@@ -56,7 +77,7 @@ def _dense_fwd(shards, x_BxLxI, w_IxO, probe_B):
 
 def _dense_bwd(shards, residuals, dy_BxLxO):
     x_BxLxI, w_IxO = residuals
-    dx_BxLxI = jnp.einsum("blo,io->bli", dy_BxLxO, w_IxO.astype(x_BxLxI.dtype))
+    dx_BxLxI = _product(dy_BxLxO, w_IxO.T.astype(x_BxLxI.dtype), shards)
     dw_IxO, sq_norms_B = _sum_of_products(x_BxLxI, dy_BxLxO, shards)
     return dx_BxLxI, dw_IxO.astype(w_IxO.dtype), sq_norms_B
 
@@ -66,6 +87,15 @@ _dense.defvjp(_dense_fwd, _dense_bwd)
 
 def _sum_of_products(x_BxLxI: Array, dy_BxLxO: Array, shards: int) -> tuple[Array, Array]:
     """Σ_b x_bᵀ·dy_b and ‖x_bᵀ·dy_b‖², float32, summed one sequence of each shard at a time."""
+    if shards == 1:  # XLA's CPU backend is faster at products of two dimensions than of three
+
+        def add_one(total_IxO, x_and_dy):
+            product_IxO = jnp.einsum("li,lo->io", *x_and_dy, preferred_element_type=jnp.float32)
+            return total_IxO + product_IxO, jnp.sum(jnp.square(product_IxO))
+
+        zeros_IxO = jnp.zeros((x_BxLxI.shape[2], dy_BxLxO.shape[2]), jnp.float32)
+        return jax.lax.scan(add_one, zeros_IxO, (x_BxLxI, dy_BxLxO))
+
     x_NxDxLxI, dy_NxDxLxO = _by_shard(x_BxLxI, shards), _by_shard(dy_BxLxO, shards)
 
     def add(total_DxIxO, x_and_dy):
@@ -202,7 +232,7 @@ def unembed_tied(h_BxLxD: Array, table_VxD: Array, tokens_BxL: Array, carrier_Bx
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B):
-    return jnp.einsum("bld,vd->blv", h_BxLxD, table_VxD.astype(h_BxLxD.dtype))
+    return _product(h_BxLxD, table_VxD.T.astype(h_BxLxD.dtype), shards)
 
 
 def _unembed_tied_fwd(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B):
@@ -211,7 +241,7 @@ def _unembed_tied_fwd(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, pro
 
 def _unembed_tied_bwd(shards, residuals, dlogits_BxLxV):
     h_BxLxD, table_VxD, tokens_BxL = residuals
-    dh_BxLxD = jnp.einsum("blv,vd->bld", dlogits_BxLxV, table_VxD.astype(h_BxLxD.dtype))
+    dh_BxLxD = _product(dlogits_BxLxV, table_VxD.astype(h_BxLxD.dtype), shards)
     dtable_DxV, sq_norms_B = _sum_of_products(h_BxLxD, dlogits_BxLxV, shards)
     read_BxMxL = jnp.take_along_axis(dlogits_BxLxV, tokens_BxL[:, None, :], axis=2)
     u_BxLxD = jnp.einsum("bml,bmd->bld", read_BxMxL, h_BxLxD, preferred_element_type=jnp.float32)

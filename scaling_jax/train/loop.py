@@ -41,7 +41,7 @@ def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False) -> d
     devices = jax.devices()
     config_lib.resolve_mesh(config, len(devices))
     config_lib.validate(config, len(devices))
-    data = open_run_data(config, verify=True)
+    data = open_run_data(config, verify=config.data.verify)
     lock = workdir_lib.claim(workdir, config, data.fingerprint, overwrite)
     try:
         with Checkpoints(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_at_tokens) as checkpoints:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from scaling_jax.data.console import LiveLine
 from scaling_jax.model import KINDS
 from scaling_jax.train.step import StepMetrics
 
@@ -84,38 +84,63 @@ class MetricsWriter:
                 end, step = offset, record["step"]
         self._file = path.open("ab")
         self._file.truncate(end)
-        self._events = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        self._events = _Events(workdir / "tensorboard", step + 1) if tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
+        record = {key: _number(value) if isinstance(value, float) else value for key, value in record.items()}  # JSON has no nan
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         if self._events is not None:
-            for key, value in record.items():
-                if key not in ("step", "event") and value is not None:
-                    self._events.add_scalar(key, value, record["step"])
+            self._events.write(record)
 
     def sync(self) -> None:
         """On disk before a checkpoint is, so that a resumed run finds every record up to it."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        try:
+            self._file.close()  # flushes, which a full disk refuses
+        finally:
+            if self._events is not None:
+                self._events.close()
+
+
+class _Events:
+    """TensorBoard's file, written in the caller's thread: SummaryWriter leaves it to another, and waits for that forever once it
+    died of a full disk."""
+
+    def __init__(self, directory: Path, first_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self._event, self._summary = Event, Summary
+        directory.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(directory / "events"), f".{first_step}")
+        # Hides what a stopped process wrote from there on.
+        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = -math.inf
+
+    def write(self, record: dict[str, Any]) -> None:
+        numbers = {key: value for key, value in record.items() if key not in ("step", "event") and value is not None}
+        summary = self._summary(value=[self._summary.Value(tag=key, simple_value=value) for key, value in numbers.items()])
+        self._writer.write_event(self._event(wall_time=time.time(), step=record["step"], summary=summary))
+        if time.monotonic() - self._flushed > 10:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Progress:
-    """One live line on a terminal; elsewhere a plain line every `seconds`."""
+    """Speed and progress of a run, on the console."""
 
     def __init__(self, total_tokens: int, seconds: float, out: TextIO | None = None):
-        self.total, self.seconds, self.out = total_tokens, seconds, out or sys.stderr
-        self.live = self.out.isatty()
+        self.total = total_tokens
+        self._line = LiveLine(seconds, out)
+        self.say, self.end = self._line.say, self._line.end
         self._marks: list[tuple[float, int]] = []  # (time, tokens) of the last half minute
-        self._shown = -math.inf
 
     def tokens_per_second(self, tokens: int) -> float | None:
         """Over the last half minute at most; None before two steps were seen."""
@@ -127,13 +152,8 @@ class Progress:
         return (tokens - before) / (now - then) if now > then else None
 
     def show(self, record: dict[str, Any], held_out: float | None) -> None:
-        now = time.monotonic()
-        if now - self._shown < (0.2 if self.live else self.seconds):
-            return
-        self._shown = now
-        line = self.line(record, held_out)
-        self.out.write(f"\r{line:<100}" if self.live else line + "\n")
-        self.out.flush()
+        if self._line.due():
+            self._line.show(self.line(record, held_out))
 
     def line(self, record: dict[str, Any], held_out: float | None) -> str:
         tokens, speed = record["tokens"], record.get("tokens_per_second")
@@ -147,17 +167,6 @@ class Progress:
         if speed:
             parts += [f"{human(speed)} tokens/s", f"{_duration((self.total - tokens) / speed)} left"]
         return " · ".join(parts)
-
-    def say(self, message: str) -> None:
-        """A message on a line of its own."""
-        self.end()
-        self.out.write(message + "\n")
-        self.out.flush()
-
-    def end(self) -> None:
-        if self.live and self._shown > -math.inf:
-            self.out.write("\n")
-            self._shown = -math.inf
 
 
 def human(count: float | None) -> str:

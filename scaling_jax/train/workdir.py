@@ -1,5 +1,6 @@
 """A work directory belongs to one run: it says whose it is, and refuses another."""
 
+import errno
 import fcntl
 import json
 import os
@@ -13,34 +14,69 @@ from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
 from scaling_jax.train import checkpoint, metrics
 
-CONFIG_FILE, SUMMARY_FILE, FIGURES = "config.json", "summary.json", "figures"
+CONFIG_FILE, SUMMARY_FILE, FIGURES, LOCK_FILE = "config.json", "summary.json", "figures", ".lock"
 _OWN = (CONFIG_FILE, SUMMARY_FILE, FIGURES, metrics.FILE, "tensorboard", checkpoint.DIRECTORY, checkpoint.SET_ASIDE)
 
 
 def claim(workdir: Path, config: ConfigDict, data_fingerprint: str, overwrite: bool = False) -> int:
     """Makes `workdir` this run's, or finds that it is; returns a file descriptor that holds its lock.
 
-    UserError where its identity fields differ (listed), where it is in use, or where it holds a run without a config.json.
+    UserError where its identity fields differ (listed), where it is in use or cannot be written, where it holds a run without a
+    config.json, or files that go by the names of a run's but are none.
     """
     identity = json.loads(json.dumps(config_lib.identity(config) | {"data.fingerprint": data_fingerprint}))
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file, must be a directory")
+    there = [name for name in _OWN if os.path.lexists(workdir / name)]
+    if there and not _was_run(workdir):  # somebody's figures/, which --overwrite must not delete
+        raise UserError(f"--workdir={workdir}: holds {', '.join(there)} of something else than a run; give another directory")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = _lock(workdir)
-    except PermissionError as error:
-        raise UserError(f"--workdir={workdir}: {error.strerror.lower()}") from None
-    if overwrite:
-        for name in _OWN:
-            path = workdir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    path = workdir / CONFIG_FILE
-    if path.exists():
-        _check_identity(workdir, identity)
-    elif any((workdir / name).exists() for name in _OWN):
-        raise UserError(f"--workdir={workdir}: holds a run but no {CONFIG_FILE}; give another directory, or --overwrite to delete the run")
-    write_json(path, {"config": config_lib.to_json(config), "identity": identity})
+    except OSError as error:
+        raise UserError(_cannot_write(workdir, error)) from error
+    try:
+        if overwrite:
+            _delete(workdir)
+        path = workdir / CONFIG_FILE
+        if path.exists():
+            _check_identity(workdir, identity)
+        elif any((workdir / name).exists() for name in _OWN):
+            raise UserError(
+                f"--workdir={workdir}: holds a run but no {CONFIG_FILE}; give another directory, or --overwrite to delete the run"
+            )
+        write_json(path, {"config": config_lib.to_json(config), "identity": identity})
+    except BaseException as error:
+        release(lock)
+        if isinstance(error, OSError):
+            raise UserError(_cannot_write(workdir, error)) from error
+        raise
     return lock
+
+
+def _was_run(workdir: Path) -> bool:
+    """Whether a run ever claimed it: there is a lock, or, in a copy without hidden files, a run's config."""
+    if (workdir / LOCK_FILE).exists():
+        return True
+    try:
+        return "identity" in json.loads((workdir / CONFIG_FILE).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _delete(workdir: Path) -> None:
+    for name in _OWN:
+        path = workdir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _cannot_write(workdir: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"--workdir={workdir}: no space left on the disk; free some and run the same command again"
+    return f"--workdir={workdir}: cannot be written: {error.strerror}"
 
 
 def _check_identity(workdir: Path, identity: dict[str, Any]) -> None:
@@ -62,7 +98,7 @@ def _check_identity(workdir: Path, identity: dict[str, Any]) -> None:
 
 
 def _lock(workdir: Path) -> int:
-    lock = os.open(workdir / ".lock", os.O_CREAT | os.O_RDWR)
+    lock = os.open(workdir / LOCK_FILE, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however it ends
     except BlockingIOError:
@@ -78,5 +114,9 @@ def release(lock: int) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

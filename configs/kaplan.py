@@ -1,0 +1,57 @@
+"""The recipe of Kaplan et al. 2020, Scaling Laws for Neural Language Models (arXiv 2001.08361), at the sizes of its Table 6 and below.
+
+    scaling-jax train --config=configs/kaplan.py:768x12 --workdir=runs/kaplan --config.data.path=DIR --config.data.tokenizer=FILE
+
+The argument is WIDTHxDEPTH. DIR is what `scaling-jax tokenize` made of the text with the GPT-2 tokenizer in FILE.
+
+Theirs: context 1024, batch 512 sequences (2^19 tokens), 250,000 steps of Adam, 3000 steps of linear warmup, cosine to zero, learning
+rate 0.003239 − 0.0001395·ln N, standard parametrization, GELU MLP of 4 widths, GPT-2's 50,257 tokens, several passes over the data.
+Not theirs: rotary positions for learned ones; Adam also above 1B parameters, where they used Adafactor. Adam's betas, epsilon and
+clipping are common choices, for the paper does not say.
+
+Cost: 6·N·1.3e11 FLOPs, 6.7e19 (0.8 PF-days) at 768x12. Expect about 3.2 nats per token there on WebText2, from L(N) = (8.8e13/N)^0.076.
+"""
+
+import math
+
+from scaling_jax.config import default_config
+from scaling_jax.errors import UserError
+
+BATCH_TOKENS = 512 * 1024
+STEPS = 250_000
+WARMUP_STEPS = 3000
+
+
+def learning_rate(params: int) -> float:
+    """The paper's rule of thumb, D.6; it breaks down above 1e10 parameters."""
+    return 0.003239 - 0.0001395 * math.log(params)
+
+
+def get_config(size: str = "768x12"):
+    try:
+        width, depth = (int(part) for part in size.split("x"))
+        if width < 1 or depth < 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"size is {size!r}: must be WIDTHxDEPTH, for example 768x12 or 1600x48") from None
+    config = default_config()
+    config.model.width = width
+    config.model.depth = depth
+    config.model.head_dim = 64
+    config.model.context = 1024
+    config.model.vocab_size = 50_257
+    config.parametrization.name = "standard"
+    config.parametrization.embedding_std = 0.02
+    config.optimizer.lr = learning_rate(12 * depth * width**2)
+    config.optimizer.b2 = 0.999
+    config.schedule.name = "cosine"
+    config.schedule.warmup_tokens = WARMUP_STEPS * BATCH_TOKENS
+    config.train.tokens = STEPS * BATCH_TOKENS
+    config.train.batch_tokens = BATCH_TOKENS
+    config.data.repeat = True
+    config.mesh.fsdp = -1
+    config.eval.every_tokens = 1000 * BATCH_TOKENS
+    config.eval.tokens = 1 << 22
+    config.checkpoint.every_tokens = 1000 * BATCH_TOKENS
+    config.logging.every_tokens = 10 * BATCH_TOKENS
+    return config

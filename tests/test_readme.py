@@ -1,0 +1,86 @@
+"""Every command and every snippet of the README works as printed (made small where it trains)."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS[2:] for line in block.splitlines() if line]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SMALL = {
+    "model.width": 16,
+    "model.depth": 1,
+    "model.head_dim": 8,
+    "model.context": 16,
+    "train.tokens": 6400,
+    "train.batch_tokens": 256,
+    "schedule.warmup_tokens": 640,
+    "eval.tokens": 512,
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A folder as the commands expect it: configs and benchmarks beside texts of one's own."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    for name, count in (("texts", 20), ("other", 3)):
+        (folder / name).mkdir()
+        for i in range(count):
+            (folder / name / f"{i}.txt").write_text(f"Document {i} of my own. " * 40)
+    return folder
+
+
+def test_the_two_commands_are_single_lines_that_do_their_own_set_up():
+    """They are what .ci/run runs; here only that they are where it looks."""
+    for block, tool in zip(BLOCKS[:2], ("scaling-jax train", "pytest"), strict=True):
+        assert len(block.splitlines()) == 1 and "venv" in block and "pip install" in block and tool in block
+
+
+def small(command):
+    """The command with its training made short; benchmarks that take long with their smallest figures."""
+    if "scaling-jax train" in command:
+        return command + "".join(f" --config.{name}={value}" for name, value in SMALL.items())
+    return command
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "scaling-jax" in c])
+def test_command(command, clone):
+    """In order: later ones use what earlier ones made."""
+    run = small(command).replace("scaling-jax", f"{shlex.quote(sys.executable)} -m scaling_jax")
+    done = subprocess.run(run, shell=True, cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if workdir := re.search(r"--workdir=(\S+)", command):
+        assert {"metrics.jsonl", "summary.json", "config.json", "figures"} <= {p.name for p in (clone / workdir[1]).iterdir()}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "scaling-jax" not in c])
+def test_benchmark_command_is_understood(command, clone):
+    """Each script answers --help and knows the flags that the README gives it; what they do is tested by module."""
+    arguments = shlex.split(command)
+    done = subprocess.run([sys.executable, arguments[1], "--help"], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for flag in arguments[2:]:
+        assert flag.split("=")[0] in done.stdout
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet(snippet, tmp_path):
+    file = tmp_path / "snippet.py"
+    file.write_text(snippet)
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_links_lead_somewhere():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"

@@ -1,0 +1,114 @@
+"""One step against the same step written out in plain JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import small_config
+
+from scaling_jax.model import KINDS, parameter_kind, sequence_losses
+from scaling_jax.train.step import Trainer, noise_window
+
+
+def batch(sequences=8, accumulation=1, seed=0):
+    tokens = jax.random.randint(jax.random.key(seed), (sequences, 17), 0, 256)
+    return tokens.reshape(accumulation, -1, 17)
+
+
+def brute_force(trainer, params, tokens_BxL):
+    """Loss [B] and gradients of every sequence alone, by plain reverse mode."""
+
+    def loss(params, tokens_L):
+        model = nnx.merge(trainer.graph, params)
+        return sequence_losses(model(tokens_L[None, :-1]), tokens_L[None, 1:])[0]
+
+    return jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))(params, tokens_BxL)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_estimates_are_those_of_brute_force(accumulation):
+    """Every sequence of every microbatch counts, per kind of layer, before clipping."""
+    trainer = Trainer(small_config(optimizer__clip_norm=0.01, train__accumulation=accumulation))
+    state = trainer.init(3)
+    tokens = batch(accumulation=accumulation)
+    losses, each = brute_force(trainer, state.params, tokens.reshape(-1, 17))
+    small, big = (dict.fromkeys(KINDS, 0.0) for _ in range(2))
+    for path, grad in nnx.to_flat_state(each):
+        grad = np.asarray(grad[...], np.float64).reshape(8, -1)
+        small[parameter_kind(path)] += (grad**2).sum(1).mean()
+        big[parameter_kind(path)] += (grad.mean(0) ** 2).sum()
+    small, big = (np.array([*d.values(), sum(d.values())]) for d in (small, big))
+    _, metrics = trainer.step(state, tokens)
+    np.testing.assert_allclose(metrics.loss, np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_norm, np.sqrt(big[-1]), rtol=1e-5)
+    np.testing.assert_allclose(metrics.noise.grad_sq, (8 * big - small) / 7, rtol=1e-4, atol=1e-5 * small.max())
+    np.testing.assert_allclose(metrics.noise.grad_trace, (small - big) * 8 / 7, rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_trace_step, metrics.noise.grad_trace[-1], rtol=1e-6)
+
+
+def test_accumulation_and_measuring_do_not_change_the_training():
+    finals = []
+    for accumulation, measure in ((1, True), (4, True), (1, False), (4, False)):
+        trainer = Trainer(small_config(train__accumulation=accumulation))
+        state = trainer.init(0)
+        for i in range(5):
+            state, metrics = trainer.step(state, batch(accumulation=accumulation, seed=i), measure)
+        assert (metrics.noise is None) == (not measure)
+        finals.append(jax.tree.leaves(state.params))
+    for other in finals[1:]:
+        for a, b in zip(finals[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_counts_and_lr():
+    """The lr of a step is the schedule at the middle of its tokens."""
+    trainer = Trainer(small_config(schedule__warmup_tokens=640, optimizer__lr=0.5, schedule__name="constant"))
+    state = trainer.init(0)
+    lrs = []
+    for i in range(6):
+        state, metrics = trainer.step(state, batch(seed=i))
+        lrs.append(float(metrics.lr))
+    np.testing.assert_allclose(lrs, 0.5 * np.minimum((np.arange(6) + 0.5) * 128 / 640, 1), rtol=1e-6)
+    assert int(state.step) == 6 and int(state.sequences) == 48
+
+
+def test_one_step_moves_each_parameter_by_its_own_lr():
+    """Adam's first step is the sign of the gradient: |Δw| is the lr of the table, wherever the gradient is not tiny."""
+    config = small_config(optimizer__lr=0.01, schedule__name="constant", optimizer__eps=1e-20, parametrization__base_width=4)
+    trainer = Trainer(config)
+    state = trainer.init(0)
+    before = {path: np.asarray(p[...]) for path, p in nnx.to_flat_state(state.params)}
+    state, _ = trainer.step(state, batch())
+    for path, p in nnx.to_flat_state(state.params):
+        moved = np.abs(np.asarray(p[...]) - before[path])
+        expected = 0.01 / 4 if path[0] == "blocks" else 0.01  # μP: hidden matrices lr / 4 at four times the base width
+        np.testing.assert_allclose(np.median(moved[moved > 0]), expected, rtol=1e-3)
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters():
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = Trainer(small_config(model__compute_dtype=dtype))
+        state = trainer.init(0)
+        for i in range(5):
+            state, metrics = trainer.step(state, batch(seed=i))
+        assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+        losses[dtype] = float(metrics.loss), float(metrics.noise.grad_trace[-1])
+    np.testing.assert_allclose(losses["bfloat16"][0], losses["float32"][0], rtol=0.01)
+    np.testing.assert_allclose(losses["bfloat16"][1], losses["float32"][1], rtol=0.05)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+def test_default_window_is_an_eighth_of_the_run():
+    assert noise_window(small_config()) == 20 * 8 * 16 / 8
+    assert noise_window(small_config(noise_scale__window_tokens=77)) == 77
+
+
+def test_lowered_step_is_the_step():
+    """What is counted and compiled ahead is what runs."""
+    trainer = Trainer(small_config())
+    compiled = trainer.lower_step(8).compile()
+    _, expected = trainer.step(trainer.init(0), batch())
+    _, found = compiled(trainer.init(0), batch())
+    np.testing.assert_array_equal(found.loss, expected.loss)
