@@ -1,6 +1,6 @@
 """How long a newcomer waits: importing the package, and the command's first step, with and without compiled programs in the cache.
 
-    python benchmarks/startup.py
+python benchmarks/startup.py
 """
 
 import argparse

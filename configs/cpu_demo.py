@@ -2,7 +2,7 @@
 
     scaling-jax train --config=configs/cpu_demo.py --workdir=runs/demo
 
-Cost: about 2 minutes on two CPU cores. Expect a held-out loss below 2.0 bits per byte, and a noise scale that rises from some
+Cost: about 1.5 minutes on two CPU cores. Expect a held-out loss below 2.0 bits per byte, and a noise scale that rises from some
 tens of tokens to above ten thousand, past the batch size, while the model learns.
 """
 
@@ -24,7 +24,7 @@ def get_config():
     config.schedule.name = "cosine"
     config.schedule.warmup_tokens = 50_000
     config.schedule.final_lr_fraction = 0.1
-    config.train.tokens = 1_100_000
+    config.train.tokens = 1_600_000
     config.train.batch_tokens = 16 * 64
     config.noise_scale.window_tokens = 100_000
     config.eval.every_tokens = 200_000

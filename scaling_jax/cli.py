@@ -198,7 +198,7 @@ def _define_tokenize(values: flags.FlagValues) -> None:
 
 
 def _tokenize(values: flags.FlagValues) -> int:
-    from scaling_jax.data.console import LiveLine
+    from scaling_jax.console import LiveLine
     from scaling_jax.data.tokenize import tokenize_files
     from scaling_jax.data.tokenizers import load_tokenizer
 

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "scaling_jax"
 FLOORS = {
-    "errors": -1, "config": 0, "noise_scale": 0,
+    "errors": -1, "console": -1, "config": 0, "noise_scale": 0,
     "laws": 1, "parametrization": 1, "mesh": 1,
     "model": 2, "optimizer": 2, "data": 2,
     "train": 3,

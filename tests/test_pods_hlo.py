@@ -180,8 +180,11 @@ def test_trip_count_from_start_step_and_bound(first, bound, step, direction, tri
 
 
 def test_a_bound_or_step_that_is_not_constant_is_refused():
-    for program in (tpu_loop(0, 8, 1).replace("tuple(%first, %x.1, %w.1, /*index=3*/%bound)", "tuple(%first, %x.1, %w.1, %n)"),
-                    tpu_loop(0, 8, 1).replace("%next = s32[]{:T(128)} add", "%next = s32[]{:T(128)} multiply"), tpu_loop(0, 8, 0)):
+    for program in (
+        tpu_loop(0, 8, 1).replace("tuple(%first, %x.1, %w.1, /*index=3*/%bound)", "tuple(%first, %x.1, %w.1, %n)"),
+        tpu_loop(0, 8, 1).replace("%next = s32[]{:T(128)} add", "%next = s32[]{:T(128)} multiply"),
+        tpu_loop(0, 8, 0),
+    ):
         with pytest.raises(ValueError, match="trip count"):
             dot_flops(program)
 
@@ -214,8 +217,10 @@ def test_library_products():
         return entry("%a = f32[8,16]{1,0} parameter(0)", "%b = f32[16,4]{1,0} parameter(1)", f"ROOT %c = {call}")
 
     onednn = 'f32[8,4]{1,0} custom-call(%a, %b), custom_call_target="__onednn$matmul", backend_config={"onednn_matmul_config":{}}'
-    cublas = ('(f32[8,4]{1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config='
-              '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}')
+    cublas = (
+        '(f32[8,4]{1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config='
+        '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}'
+    )
     assert dot_flops(program(onednn)) == dot_flops(program(cublas)) == 2 * 8 * 16 * 4
     assert dot_flops(program('f32[8,4]{1,0} custom-call(%a, %b), custom_call_target="AllocateBuffer"')) == 0
     with pytest.raises(ValueError, match="new.matmul"):

@@ -144,12 +144,14 @@ def ratio_interval(weights_K: Array, grad_sq_K: Array, grad_trace_K: Array) -> t
     root = jnp.sqrt(jnp.maximum(B**2 - A * C, 0.0))
     closed = (A > 0) & (a > 0)
     safe_A = jnp.where(A == 0, 1e-30, A)
-    # Where A ≤ 0 the set is all but the stretch between the roots; its part above the larger root holds the positive ratios.
-    open_low = jnp.where(B**2 - A * C > 0, jnp.maximum((B - root) / safe_A, (B + root) / safe_A), 0.0)
-    low = jnp.where(closed, (B - root) / safe_A, jnp.where(A > 0, jnp.nan, jnp.maximum(open_low, 0.0)))
+    # Where A ≤ 0 the set is all but the stretch between the roots. It is told by its smallest ratio that can be, none below 0.
+    roots = (B + root) / safe_A, (B - root) / safe_A  # the smaller first, since A < 0
+    open_low = jnp.where((B**2 - A * C > 0) & (roots[0] < 0), roots[1], 0.0)
+    ratio = jnp.where(a > 0, b / jnp.where(a > 0, a, 1.0), jnp.nan)
+    low = jnp.maximum(jnp.where(closed, (B - root) / safe_A, jnp.where(A > 0, jnp.nan, open_low)), 0.0)
+    low = jnp.where(low > ratio, ratio, low)  # rounding, or a negative tr Σ
     high = jnp.where(closed, (B + root) / safe_A, jnp.where(A > 0, jnp.nan, jnp.inf))
     known = effective >= MIN_BLOCKS - 0.5
-    ratio = jnp.where(a > 0, b / jnp.where(a > 0, a, 1.0), jnp.nan)
     return ratio, jnp.where(known, low, jnp.nan), jnp.where(known, high, jnp.nan)
 
 

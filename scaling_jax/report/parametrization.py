@@ -8,7 +8,9 @@ from scaling_jax.train.step import Trainer
 
 
 def parametrization_rows(config: ConfigDict) -> tuple[list[dict[str, object]], float]:
-    """The rows, and what q·k is multiplied with. One dict a parameter: name, shape, role, fan_in, init_std (of its values), lr, weight_decay, eps, multiplier.
+    """The rows, one dict a parameter, and what q·k is multiplied with.
+
+    A row has name, shape, role, fan_in, init_std (of the values), lr, weight_decay, eps and multiplier.
 
     `lr` is the peak; shrinkage per step is lr·weight_decay; `multiplier` is what the forward pass puts on the layer's output.
     """

@@ -35,6 +35,8 @@ def _rows(summary: dict[str, Any], figures: list[Path]) -> list[tuple[str, str]]
     if summary["train_loss"] is not None:
         rows.append(("training loss", f"{summary['train_loss']:.4f} nats/token over the last 5%"))
     for key in (key for key in summary if key.startswith("eval/") and key.endswith("/loss")):
+        if summary[key] is None:
+            continue
         domain, se, bits = key.split("/")[1], summary[key + "_se"], summary[key.removesuffix("loss") + "bits_per_byte"]
         error = "" if se is None else f" ± {se:.4f}"
         rows.append((f"{domain} loss", f"{summary[key]:.4f}{error} nats/token, {bits:.3f} bits/byte"))

@@ -39,7 +39,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep_latest: int = 2, keep_at_tokens: Sequence[int] = ()):
         self.workdir = workdir
         self.directory = workdir / DIRECTORY
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its ordinary course as warnings
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its ordinary course as warnings, and errors twice
         self._open = lambda: ocp.CheckpointManager(
             self.directory.absolute(),
             options=ocp.CheckpointManagerOptions(

@@ -4,6 +4,7 @@ import errno
 import math
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from scaling_jax.train.step import StepMetrics, Trainer, TrainState, transformer
 
 
 class _NotFinite(Exception):
-    """A step whose loss or gradient is not finite; args: tokens."""
+    """A step whose loss, gradient or held-out loss is not finite; args: tokens."""
 
 
 def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False) -> dict[str, Any]:
@@ -74,9 +75,13 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         state, tokens = self.restore_or_init()
+        if tokens >= self.total_sequences * self.context and (finished := workdir_lib.finished_summary(self.workdir)):
+            self.progress.say(f"{self.workdir}: already finished; --overwrite trains it again")
+            return finished
         self.writer = MetricsWriter(self.workdir, tokens, self.config.logging.tensorboard)
         self.saved_tokens = tokens if tokens in self.checkpoints.tokens() else None
-        previous = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        stops = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        previous = {number: signal.signal(number, self.on_signal) for number in stops}
         started = time.monotonic()
         try:
             status, tokens, state = self.steps(state)
@@ -165,9 +170,14 @@ class _Run:
 
     def evaluate_and_save(self, state: TrainState, step: int, before: int, sequences: int) -> None:
         if self.eval_due(before, sequences) and self.data.domains:
-            record = {"step": step, "tokens": sequences * self.context} | self.evaluator(state.params)
-            self.held_out = record[f"eval/{next(iter(self.data.domains))}/loss"]
-            self.writer.write(record)
+            tokens = sequences * self.context
+            record = {"step": step, "tokens": tokens} | self.evaluator(state.params)
+            losses = [record[f"eval/{name}/loss"] for name in self.data.domains]
+            finite = all(map(math.isfinite, losses))
+            self.writer.write(record if finite else record | {"event": "not finite"})
+            if not finite:  # the parameters are spoilt: not to be saved
+                raise _NotFinite(tokens)
+            self.held_out = losses[0]
         if self.save_due(before, sequences):
             self.save(state, sequences * self.context)
 

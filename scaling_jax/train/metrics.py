@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from scaling_jax.data.console import LiveLine
+from scaling_jax.console import LiveLine
 from scaling_jax.model import KINDS
 from scaling_jax.train.step import StepMetrics
 

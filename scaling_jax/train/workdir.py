@@ -107,6 +107,15 @@ def _lock(workdir: Path) -> int:
     return lock
 
 
+def finished_summary(workdir: Path) -> dict[str, Any] | None:
+    """summary.json of a run that ended, else None."""
+    try:
+        summary = json.loads((workdir / SUMMARY_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("status") == "finished" else None
+
+
 def release(lock: int) -> None:
     os.close(lock)
 
