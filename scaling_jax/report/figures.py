@@ -207,6 +207,11 @@ def noise_figure(records: list[dict], path: str | Path, summary: dict[str, Any] 
         return _no_data(path)
     binned = np.stack([_column(bins, key) for key in ("tokens", "noise_scale_tokens", "low", "high")], axis=1)
     batch = _points(records, "batch_tokens")
+    known = running[np.isfinite(running[:, 2]), 0]
+    if len(known):  # what comes before the first interval is wild, and would take half of a log axis
+        running = running[running[:, 0] >= known[0]]
+        by_kind = {kind: points[points[:, 0] >= known[0]] for kind, points in by_kind.items()}
+        batch = batch[batch[:, 0] >= known[0]]
 
     def draw(figure):
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.35, 1)) if by_kind else (figure.subplots(), None)
@@ -270,11 +275,10 @@ def _draw_bins(axes, binned: np.ndarray, law: PowerLaw | None, top: float) -> No
 
 
 def _noise_limits(running: np.ndarray, binned: np.ndarray, batch: np.ndarray, by_kind: list[np.ndarray]) -> tuple[float, float]:
-    """Axis limits from what matters: the first readings of a run can be wild, and an interval can be very wide."""
+    """Axis limits from what matters: a reading can be wild, and an interval very wide."""
     centres = [batch[:, 1], binned[:, 1]]
     for points in (running, *by_kind):
-        settled = points[points[:, 0] >= TRANSIENT * points[:, 0].max()] if len(points) else points
-        centres.append(np.percentile(settled[:, 1], [1, 99]) if len(settled) else settled[:, 1])
+        centres.append(np.percentile(points[:, 1], [0.5, 99]) if len(points) else points[:, 1])
     centres = np.concatenate(centres)
     bottom, top = centres.min(), centres.max()
     ends = binned[:, 2:][np.isfinite(binned[:, 2:]) & (binned[:, 2:] > bottom / 3) & (binned[:, 2:] < top * 3)]
