@@ -82,7 +82,7 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def usual_dense(x_BxLxI: jax.Array, w_IxO: jax.Array, probe_B: jax.Array | None = None, *, shards: int = 1) -> jax.Array:
+def usual_dense(x_BxLxI: jax.Array, w_IxO: jax.Array, probe_B: jax.Array | None = None, **_: Any) -> jax.Array:
     """A layer as it is usually written, and as autodiff then differentiates it."""
     return jnp.einsum("bli,io->blo", x_BxLxI, w_IxO.astype(x_BxLxI.dtype))
 

@@ -2,8 +2,8 @@
 
     scaling-jax train --config=configs/cpu_demo.py --workdir=runs/demo
 
-Cost: about 1.5 minutes on two CPU cores. Expect a held-out loss below 2.0 bits per byte, and a noise scale that rises from some
-tens of tokens to above ten thousand, past the batch size, while the model learns.
+Cost: about 1.5 minutes on two CPU cores. Expect a held-out loss below 2.0 bits per byte, and a noise scale that rises from
+about a hundred tokens to above ten thousand, past the batch size, while the model learns.
 """
 
 from scaling_jax.config import default_config

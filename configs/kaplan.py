@@ -9,6 +9,8 @@ rate 0.003239 − 0.0001395·ln N, standard parametrization, GELU MLP of 4 width
 Not theirs: rotary positions for learned ones; Adam also above 1B parameters, where they used Adafactor. Adam's betas, epsilon and
 clipping are common choices, for the paper does not say.
 
+Memory: a batch of 512 sequences wants many devices, or config.train.accumulation and config.model.remat=full.
+
 Cost: 6·N·1.3e11 FLOPs, 6.7e19 (0.8 PF-days) at 768x12. Expect about 3.2 nats per token there on WebText2, from L(N) = (8.8e13/N)^0.076.
 """
 
@@ -39,7 +41,7 @@ def get_config(size: str = "768x12"):
     config.model.depth = depth
     config.model.head_dim = 64
     config.model.context = 1024
-    config.model.vocab_size = 50_257
+    config.model.vocab_size = 50_304  # 50,257 and padding, so that devices can share it
     config.parametrization.name = "standard"
     config.parametrization.embedding_std = 0.02
     config.optimizer.lr = learning_rate(12 * depth * width**2)
@@ -49,6 +51,7 @@ def get_config(size: str = "768x12"):
     config.train.tokens = STEPS * BATCH_TOKENS
     config.train.batch_tokens = BATCH_TOKENS
     config.data.repeat = True
+    config.data.path = "DIR"  # to be given; see above
     config.mesh.fsdp = -1
     config.eval.every_tokens = 1000 * BATCH_TOKENS
     config.eval.tokens = 1 << 22

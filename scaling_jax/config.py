@@ -55,13 +55,13 @@ FIELDS: dict[str, Field] = {
     "parametrization.base_depth": Field(3, "depth at which every multiplier is 1 (completep)", minimum=1),
     "parametrization.base_head_dim": Field(32, "head_dim at which logits agree with 1/sqrt(head_dim)", minimum=1),
     "parametrization.depth_exponent": Field(1.0, "alpha of the residual branch, depth^-alpha (completep)", minimum=0),
-    "parametrization.embedding_std": Field(1.0, "init standard deviation of the embedding", above=0),
+    "parametrization.embedding_std": Field(1.0, "init standard deviation of the embedding; if tied, about base_width^-0.5", above=0),
     "parametrization.hidden_std": Field(1.0, "init std of hidden matrices times sqrt(fan_in)", above=0),
     "parametrization.output_init": Field("normal", "init of an untied unembedding", choices=("zero", "normal")),
     "optimizer.lr": Field(2.0**-8, "peak learning rate at the base sizes", above=0),
     "optimizer.b1": Field(0.9, "AdamW's decay of the first moment, per step", minimum=0, below=1),
     "optimizer.b2": Field(0.95, "AdamW's decay of the second moment, per step", minimum=0, below=1),
-    "optimizer.eps": Field(1e-8, "AdamW's epsilon at the base sizes", minimum=0),
+    "optimizer.eps": Field(1e-8, "AdamW's epsilon at the base sizes", above=0),
     "optimizer.weight_decay": Field(0.0, "shrinkage per step over lr, at the base sizes", minimum=0),
     "optimizer.decay_mode": Field(
         "independent",
@@ -91,7 +91,7 @@ FIELDS: dict[str, Field] = {
     "data.verify": _execution(True, "compare every shard of the data with its checksum at the start; reads them all"),
     "data.prefetch": _execution(2, "batches read ahead", minimum=1),
     "noise_scale.every": Field(1, "measure at every n-th step; 0 is off", minimum=0),
-    "noise_scale.window_tokens": Field(0, "tokens that the running means look back at most; 0 is train.tokens / 8", minimum=0),
+    "noise_scale.window_tokens": Field(0, "tokens of the run that the running means look back at most; 0 is train.tokens / 8", minimum=0),
     "eval.every_tokens": _execution(0, "tokens between evaluations; 0 evaluates at the end only", minimum=0),
     "eval.tokens": Field(1 << 17, "held-out tokens of each domain, evenly spread; 0 is all", minimum=0),
     "eval.batch_sequences": _execution(128, "sequences per evaluation step", minimum=1),
@@ -303,15 +303,19 @@ def _relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
             f"config.train.batch_tokens is {train.batch_tokens}: one sequence of context {model.context}, but noise is measured between "
             f"sequences; must be at least {2 * model.context}, or config.noise_scale.every=0"
         )
-    if train.tokens // model.context >= 1 << 31:
+    if total_steps(config) * sequences_per_batch(config) >= 1 << 31:
         faults.append(f"config.train.tokens is {train.tokens}: at context {model.context} at most {((1 << 31) - 1) * model.context}")
     if schedule.warmup_tokens > train.tokens:
         faults.append(f"config.schedule.warmup_tokens is {schedule.warmup_tokens}: longer than the run, config.train.tokens {train.tokens}")
+    elif schedule.name == "wsd" and schedule.decay_tokens == 0:
+        faults.append("config.schedule.decay_tokens is 0: must be positive for wsd, or config.schedule.name=constant")
     elif schedule.name == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > train.tokens:
         faults.append(
             f"config.schedule.decay_tokens is {schedule.decay_tokens}: with {schedule.warmup_tokens} tokens of warmup "
             f"longer than the run, config.train.tokens {train.tokens}"
         )
+    if schedule.final_lr_fraction > 1:
+        faults.append(f"config.schedule.final_lr_fraction is {schedule.final_lr_fraction}: must be at most 1")
     for value in config.checkpoint.keep_at_tokens:
         if type(value) is not int or not 0 < value <= train.tokens:
             faults.append(f"config.checkpoint.keep_at_tokens has {value!r}: must be integers from 1 to config.train.tokens, {train.tokens}")
@@ -330,7 +334,7 @@ def _mesh_faults(config: ConfigDict, device_count: int | None) -> list[str]:
     if device_count is not None and devices != device_count:
         faults.append(
             f"config.mesh is replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor} x member {mesh.member} "
-            f"= {devices} devices: must equal the {device_count} that there are"
+            f"= {devices} devices: must equal the {device_count} that there are; config.mesh.fsdp=-1 takes all that are left"
         )
     for size, axis, what in (
         (heads(config), "tensor", f"heads ({heads(config)}, width / head_dim)"),

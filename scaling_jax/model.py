@@ -228,12 +228,12 @@ class Transformer(nnx.Module):
         h_BxLxD = rms_norm(x_BxLxD) * self.logit_multiplier
         if not tied:
             probe_B = None if probe_BxG is None else probe_BxG[:, 3]
-            logits_BxLxV = dense(h_BxLxD, self.unembedding[...], probe_B, shards=batch_shards())
+            logits_BxLxV = dense(h_BxLxD, self.unembedding[...], probe_B, shards=batch_shards(), out_dtype=jnp.float32)
         elif carrier_BxLxD is None:
-            logits_BxLxV = dense(h_BxLxD, self.embedding[...].T, shards=batch_shards())
+            logits_BxLxV = dense(h_BxLxD, self.embedding[...].T, shards=batch_shards(), out_dtype=jnp.float32)
         else:
             logits_BxLxV = unembed_tied(h_BxLxD, self.embedding[...], tokens_BxL, carrier_BxLxD, probe_BxG[:, 0], shards=batch_shards())
-        return constrain(logits_BxLxV, "batch", "length", "vocab").astype(jnp.float32)
+        return constrain(logits_BxLxV, "batch", "length", "vocab")
 
     def forward_multiplier(self, path: tuple[str, ...]) -> float:
         """What the forward pass multiplies this parameter's output with."""

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 from ml_collections import ConfigDict
 
+from scaling_jax.config import total_steps
 from scaling_jax.errors import UserError
 
 Schedule = Callable[[Array | float], Array]
@@ -33,17 +34,18 @@ def schedule(config: ConfigDict) -> Schedule:
     """The course of the lr: tokens seen -> fraction of the peak.
 
     Linear warmup from 0 over warmup_tokens, then `constant`, `linear` or `cosine` to final_lr_fraction at train.tokens, or `wsd`:
-    constant until the last decay_tokens, then linear to final_lr_fraction.
+    constant until the last decay_tokens, then linear to final_lr_fraction. The run ends with its last whole step.
     """
     s = config.schedule
     name, floor = s.name, s.final_lr_fraction
-    warmup, total = float(s.warmup_tokens), float(config.train.tokens)  # as floats: token counts overflow int32
+    # The run's own end, a whole number of steps; as floats, since token counts overflow int32.
+    warmup, total = float(s.warmup_tokens), float(total_steps(config) * config.train.batch_tokens)
     start = total - s.decay_tokens if name == "wsd" else warmup
 
     def fraction(tokens: Array | float) -> Array:
         tokens = jnp.asarray(tokens, jnp.float32)
         progress = jnp.clip((tokens - start) / max(total - start, 1.0), 0.0, 1.0)
-        if name == "constant":
+        if name == "constant" or start >= total:
             decay = jnp.float32(1.0)
         elif name == "cosine":
             decay = floor + (1 - floor) * 0.5 * (1 + jnp.cos(math.pi * progress))
@@ -90,8 +92,7 @@ def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
         # Optax mixes weak and strong dtypes.
         with jax.numpy_dtype_promotion("standard"):
             grads, clip_state = clip.update(grads, clip_state)
-            if o.eps:
-                grads = jax.tree.map(lambda g, eps: g / (eps / o.eps), grads, roles.eps)
+            grads = jax.tree.map(lambda g, eps: g / (eps / o.eps), grads, roles.eps)
             directions, moments_state = moments.update(grads, moments_state, params)
         updates = jax.tree.map(
             lambda u, p, lr, decay: -(lr_fraction * lr) * (u + decay * p), directions, params, roles.lr, roles.weight_decay

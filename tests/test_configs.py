@@ -70,6 +70,7 @@ def test_recipe_trains_when_small(name, args, tmp_path):
     config.schedule.warmup_tokens = int(config.schedule.warmup_tokens * scale)
     config.noise_scale.window_tokens = int(config.noise_scale.window_tokens * scale)
     config.checkpoint.keep_at_tokens = ()
+    config.data.path = "sotu"
     config.eval.tokens = 2048
     summary = train(config, tmp_path / "run")
     assert summary["status"] == "finished" and summary["eval/heldout/loss"] < np.log(256) - 1

@@ -97,7 +97,7 @@ def test_the_closed_form_of_swiglu_and_tied_embeddings():
 # ------------------------------------------------------------------------------------- dearer methods, which these counts must tell apart
 
 
-def gram_dense(x_BxLxI, w_IxO, probe_B=None, *, shards=1):
+def gram_dense(x_BxLxI, w_IxO, probe_B=None, **_):
     """‖x_bᵀ·dy_b‖² = Σ_{l,m} (x_l·x_m)(dy_l·dy_m): right, and 2·L²·(I + O) more multiplications per sequence."""
     if probe_B is None:
         return jnp.einsum("bli,io->blo", x_BxLxI, w_IxO)

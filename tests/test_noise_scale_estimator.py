@@ -130,6 +130,14 @@ def test_interval_is_fiellers():
     assert low < ratio < high
 
 
+@pytest.mark.parametrize("scale", [1e-14, 1e-6, 1e6, 1e14])
+def test_interval_does_not_depend_on_the_units(scale):
+    rng = np.random.default_rng(5)
+    w, a, b = (jnp.asarray(x, jnp.float32) for x in (np.ones(20), rng.normal(1, 0.5, 20), rng.normal(10, 3, 20)))
+    for found, expected in zip(noise_scale.ratio_interval(w, a * scale, b * scale), noise_scale.ratio_interval(w, a, b), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_interval_is_open_above_where_the_gradient_cannot_be_told_from_zero():
     rng = np.random.default_rng(6)
     a, b, w = rng.normal(0, 1, 20), rng.normal(10, 1, 20), np.ones(20)

@@ -45,7 +45,7 @@ def test_adamw_is_the_algorithm_with_each_parameters_own_values():
 
 def fractions(tokens, name, total=1000, **fields):
     config = default_config()
-    config.train.tokens, config.schedule.name = total, name
+    config.train.tokens, config.train.batch_tokens, config.schedule.name = total, 1, name
     for key, value in fields.items():
         config.schedule[key] = value
     return np.asarray(jax.vmap(optimizer.schedule(config))(jnp.asarray(tokens, jnp.float32)))
@@ -65,6 +65,18 @@ def test_courses_after_warmup():
     cosine = 0.1 + 0.9 * (1 + np.cos(np.pi * np.array([0, 0.25, 0.5, 0.75, 1]))) / 2
     np.testing.assert_allclose(fractions(at, "cosine", **floor), cosine, atol=1e-6)
     np.testing.assert_allclose(fractions([100, 800, 900, 1000], "wsd", decay_tokens=200, **floor), [1, 1, 0.55, 0.1], atol=1e-6)
+
+
+def test_without_room_to_decay_the_lr_stays():
+    np.testing.assert_allclose(fractions([100, 999], "wsd", warmup_tokens=100), 1)
+    np.testing.assert_allclose(fractions([500, 1000], "cosine", warmup_tokens=1000), [0.5, 1])
+
+
+def test_the_end_is_that_of_the_last_whole_step():
+    """A budget that is no whole number of steps: the last step's middle lies beyond it, and still has an lr."""
+    config = default_config()
+    config.train.tokens, config.train.batch_tokens, config.schedule.name = 1001, 100, "linear"
+    np.testing.assert_allclose(optimizer.schedule(config)(1050.0), 50 / 1100, rtol=1e-5)
 
 
 def test_beyond_the_end_the_floor_holds():

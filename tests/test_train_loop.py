@@ -71,9 +71,15 @@ def test_a_run_cut_into_pieces_is_the_same_run(tmp_path):
 def test_measuring_at_every_third_step_leaves_the_others_without_noise_keys(tmp_path):
     train(small_config(noise_scale__every=3), tmp_path / "run")
     measured = [r["step"] for r in training(tmp_path / "run") if "grad_sq_step" in r]
-    assert measured == list(range(1, 21, 3))
+    assert measured == list(range(3, 21, 3))
     train(small_config(noise_scale__every=0), tmp_path / "off")
     assert not any("grad_sq_step" in r for r in training(tmp_path / "off"))
+    summary = train(small_config(noise_scale__every=3, logging__every_tokens=7 * STEP), tmp_path / "thin")
+    thin = training(tmp_path / "thin")
+    assert [r["step"] for r in thin] == [7, 14, 20] and summary["steps"] == 20
+    by_step = {r["step"]: r for r in training(tmp_path / "run")}
+    assert [r["grad_sq_step"] for r in thin] == [by_step[s]["grad_sq_step"] for s in (6, 12, 18)]
+    assert summary["noise_scale_tokens"] == thin[-1]["noise_scale_tokens"]
 
 
 def test_logging_thins_the_records_and_nothing_else(tmp_path):

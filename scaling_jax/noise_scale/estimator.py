@@ -132,6 +132,9 @@ def ratio_interval(weights_K: Array, grad_sq_K: Array, grad_trace_K: Array) -> t
       ratio, low, high. The ratio is nan where the mean |G|² is not positive; low and high are nan with fewer than MIN_BLOCKS
       blocks; high is inf where |G|² cannot be told from zero.
     """
+    # In units of their own size: the discriminant below is of fourth order and leaves float32 otherwise.
+    sq_unit, trace_unit = (jnp.maximum(jnp.max(jnp.abs(jnp.where(weights_K > 0, x_K, 0.0))), 1e-37) for x_K in (grad_sq_K, grad_trace_K))
+    grad_sq_K, grad_trace_K, unit = grad_sq_K / sq_unit, grad_trace_K / trace_unit, trace_unit / sq_unit
     w_K = weights_K / jnp.maximum(jnp.sum(weights_K), 1e-30)
     a, b = jnp.sum(w_K * grad_sq_K), jnp.sum(w_K * grad_trace_K)
     effective = 1 / jnp.maximum(jnp.sum(w_K**2), 1e-30)  # number of blocks, were they equal
@@ -152,7 +155,7 @@ def ratio_interval(weights_K: Array, grad_sq_K: Array, grad_trace_K: Array) -> t
     low = jnp.where(low > ratio, ratio, low)  # rounding, or a negative tr Σ
     high = jnp.where(closed, (B + root) / safe_A, jnp.where(A > 0, jnp.nan, jnp.inf))
     known = effective >= MIN_BLOCKS - 0.5
-    return ratio, jnp.where(known, low, jnp.nan), jnp.where(known, high, jnp.nan)
+    return unit * ratio, jnp.where(known, unit * low, jnp.nan), jnp.where(known, unit * high, jnp.nan)
 
 
 def _t_quantile(dof: Array) -> Array:

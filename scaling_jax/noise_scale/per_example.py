@@ -29,22 +29,25 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def dense(x_BxLxI: Array, w_IxO: Array, probe_B: Array | None = None, *, shards: int = 1) -> Array:
-    """y = x·W in the dtype of x; the gradient of W is summed in float32.
+def dense(x_BxLxI: Array, w_IxO: Array, probe_B: Array | None = None, *, shards: int = 1, out_dtype: jnp.dtype | None = None) -> Array:
+    """y = x·W, computed in the dtype of x; with a probe the gradient of W is summed in float32.
+
+    Without one it is what autodiff makes of it: summed in float32 and rounded to the dtype of x.
 
     Args:
       x_BxLxI: inputs.
       w_IxO: weights, float32; cast to the dtype of x for the product.
       probe_B: float32 zeros, or None for the plain layer (which then also has forward-mode and second derivatives).
       shards: devices that shard the batch; divides B.
+      out_dtype: of y; default that of x. Logits are wanted in float32.
 
     Returns:
       y_BxLxO. The cotangent of probe_B is ‖x_bᵀ·dy_b‖².
     """
     if probe_B is None:
-        return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards)
+        return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards, out_dtype)
     _check_shards(x_BxLxI.shape[0], shards)
-    return _dense(shards, x_BxLxI, w_IxO, probe_B)
+    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B)
 
 
 def dense_many(x_BxLxI: Array, ws_IxO: Sequence[Array], probe_B: Array | None = None, *, shards: int = 1, joined: bool) -> list[Array]:
@@ -59,24 +62,26 @@ def dense_many(x_BxLxI: Array, ws_IxO: Sequence[Array], probe_B: Array | None = 
     return jnp.split(y_BxLxO, ends[:-1], axis=2)
 
 
-def _product(x_BxLxI: Array, w_IxO: Array, shards: int) -> Array:
+def _product(x_BxLxI: Array, w_IxO: Array, shards: int, out_dtype: jnp.dtype | None = None) -> Array:
     """x·W. Where nothing is sharded B and L are one axis, since XLA's CPU backend is slow at the gradient of the other form."""
     if shards > 1:
-        return jnp.einsum("bli,io->blo", x_BxLxI, w_IxO)
-    return (x_BxLxI.reshape(-1, x_BxLxI.shape[2]) @ w_IxO).reshape(*x_BxLxI.shape[:2], -1)
+        return jnp.einsum("bli,io->blo", x_BxLxI, w_IxO, preferred_element_type=out_dtype)
+    y_MxO = jnp.matmul(x_BxLxI.reshape(-1, x_BxLxI.shape[2]), w_IxO, preferred_element_type=out_dtype)
+    return y_MxO.reshape(*x_BxLxI.shape[:2], -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense(shards: int, x_BxLxI: Array, w_IxO: Array, probe_B: Array) -> Array:
-    return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B):
+    return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards, out_dtype)
 
 
-def _dense_fwd(shards, x_BxLxI, w_IxO, probe_B):
-    return _dense(shards, x_BxLxI, w_IxO, probe_B), (x_BxLxI, w_IxO)
+def _dense_fwd(shards, out_dtype, x_BxLxI, w_IxO, probe_B):
+    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B), (x_BxLxI, w_IxO)
 
 
-def _dense_bwd(shards, residuals, dy_BxLxO):
+def _dense_bwd(shards, out_dtype, residuals, dy_BxLxO):
     x_BxLxI, w_IxO = residuals
+    dy_BxLxO = dy_BxLxO.astype(x_BxLxI.dtype)
     dx_BxLxI = _product(dy_BxLxO, w_IxO.T.astype(x_BxLxI.dtype), shards)
     dw_IxO, sq_norms_B = _sum_of_products(x_BxLxI, dy_BxLxO, shards)
     return dx_BxLxI, dw_IxO.astype(w_IxO.dtype), sq_norms_B
@@ -224,7 +229,7 @@ def unembed_tied(h_BxLxD: Array, table_VxD: Array, tokens_BxL: Array, carrier_Bx
       shards: devices that shard the batch; divides B.
 
     Returns:
-      logits_BxLxV in the dtype of h.
+      logits_BxLxV, float32.
     """
     _check_shards(h_BxLxD.shape[0], shards)
     return _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B)
@@ -232,7 +237,7 @@ def unembed_tied(h_BxLxD: Array, table_VxD: Array, tokens_BxL: Array, carrier_Bx
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B):
-    return _product(h_BxLxD, table_VxD.T.astype(h_BxLxD.dtype), shards)
+    return _product(h_BxLxD, table_VxD.T.astype(h_BxLxD.dtype), shards, jnp.float32)
 
 
 def _unembed_tied_fwd(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B):
@@ -241,6 +246,7 @@ def _unembed_tied_fwd(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, pro
 
 def _unembed_tied_bwd(shards, residuals, dlogits_BxLxV):
     h_BxLxD, table_VxD, tokens_BxL = residuals
+    dlogits_BxLxV = dlogits_BxLxV.astype(h_BxLxD.dtype)
     dh_BxLxD = _product(dlogits_BxLxV, table_VxD.astype(h_BxLxD.dtype), shards)
     dtable_DxV, sq_norms_B = _sum_of_products(h_BxLxD, dlogits_BxLxV, shards)
     read_BxMxL = jnp.take_along_axis(dlogits_BxLxV, tokens_BxL[:, None, :], axis=2)

@@ -53,6 +53,11 @@ def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False) -> d
                 f"--workdir={workdir}: no space left on the disk; free some and run the same command again: "
                 "the run continues from its last checkpoint"
             ) from error
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            raise UserError(
+                f"out of memory ({str(error).splitlines()[0]}); raise config.train.accumulation, set config.model.remat=full, "
+                "or use more devices, config.mesh.fsdp"
+            ) from error
         raise
     finally:
         workdir_lib.release(lock)
@@ -71,6 +76,7 @@ class _Run:
         self.batch_sequences = config_lib.sequences_per_batch(config)
         self.total_sequences = config_lib.total_steps(config) * self.batch_sequences
         self.held_out: float | None = None
+        self.noise_keys: dict[str, Any] = {}
         self.stop_signal: int | None = None
 
     def run(self) -> dict[str, Any]:
@@ -113,7 +119,7 @@ class _Run:
             try:
                 while sequences < self.total_sequences and self.stop_signal is None:
                     tokens_AxBxL = self.place(batches.get((sequences, self.batch_sequences)))
-                    state, metrics = self.trainer.step(state, tokens_AxBxL, bool(every) and step % every == 0)
+                    state, metrics = self.trainer.step(state, tokens_AxBxL, bool(every) and (step + 1) % every == 0)
                     # Written while the next step runs, so that the device never waits for the host.
                     self.record(pending)
                     step, before, sequences = step + 1, sequences, sequences + self.batch_sequences
@@ -127,6 +133,7 @@ class _Run:
                 return self.diverged(*error.args), *error.args, state
         tokens = sequences * self.context
         if self.stop_signal is not None and sequences < self.total_sequences:
+            self.progress.say(f"{signal.Signals(self.stop_signal).name}: saving")
             if tokens:
                 self.save(state, tokens)
             return "interrupted", tokens, state
@@ -148,8 +155,12 @@ class _Run:
         every = self.config.logging.every_tokens
         if not finite:
             record["event"] = "not finite"
-        if not finite or not every or _crosses(every, tokens - batch_tokens, tokens):
-            self.writer.write(record)
+        # A record that is written on a step without measurement has the newest one since the last record.
+        self.noise_keys |= {key: value for key, value in record.items() if key.startswith(("noise_scale", "grad_sq", "grad_trace"))}
+        last = tokens >= self.total_sequences * self.context
+        if not finite or not every or last or _crosses(every, tokens - batch_tokens, tokens):
+            self.writer.write(record | self.noise_keys)
+            self.noise_keys = {}
         if not finite:
             raise _NotFinite(tokens)
         self.progress.show(record, self.held_out)
@@ -197,8 +208,7 @@ class _Run:
     def on_signal(self, number: int, _: Any) -> None:
         if self.stop_signal is not None:  # asked twice: at once
             raise KeyboardInterrupt
-        self.stop_signal = number
-        self.progress.say(f"{signal.Signals(number).name}: saving after this step")
+        self.stop_signal = number  # and no word: the main thread may be in the middle of one
 
     def summary(self, status: str, tokens: int, seconds: float) -> dict[str, Any]:
         model = transformer_config(self.config)
@@ -209,16 +219,17 @@ class _Run:
             "status": status,
             "signal": self.stop_signal if status == "interrupted" else None,
             "tokens": tokens,
-            "steps": training[-1]["step"] if training else 0,
+            "steps": tokens // self.config.train.batch_tokens,
             "params": model.params,
             "total_params": sum(x.size for x in jax.tree.leaves(self.trainer.abstract_state.params)),
             "flops_per_token": model.flops_per_token,
             "train_loss": float(np.mean(tail)) if tail else None,  # over the last twentieth of the run
             "checkpoints": self.checkpoints.tokens(),
         }
-        if training:
+        measured = [r for r in training if "noise_scale_tokens" in r]
+        if measured:
             names = ("noise_scale_tokens", "noise_scale_tokens_low", "noise_scale_tokens_high")
-            summary |= {name: training[-1][name] for name in names if name in training[-1]}
+            summary |= {name: measured[-1][name] for name in names}
         evaluations = [r for r in records if any(key.startswith("eval/") for key in r)]
         if evaluations:
             summary |= {key: value for key, value in evaluations[-1].items() if key.startswith("eval/")}

@@ -125,7 +125,8 @@ def _train_step(trainer: Trainer, state: TrainState, tokens_AxBxL: Array, measur
     noise, reading, estimates = state.noise, None, (jnp.float32(jnp.nan),) * 2
     if measure:
         grad_sq, grad_trace = noise_scale.estimates(sq_norms_BxG, grad_sq_G)
-        noise = noise_scale.estimator.update(noise, batch_tokens, grad_sq, grad_trace, noise_window(config))
+        stands_for_tokens = float(batch_tokens * config.noise_scale.every)  # its own, and those of the steps not measured
+        noise = noise_scale.estimator.update(noise, stands_for_tokens, grad_sq, grad_trace, noise_window(config))
         reading = noise_scale.estimator.read(noise, noise_window(config))
         estimates = (grad_sq.sum(), grad_trace.sum())
 
