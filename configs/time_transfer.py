@@ -36,7 +36,6 @@ def get_config(size: str = "32m"):
     config.parametrization.base_width = 256
     config.parametrization.base_depth = 24
     config.parametrization.base_head_dim = 64
-    config.parametrization.embedding_std = 256**-0.5
     config.optimizer.lr = 2.0**-9.5
     config.schedule.name = "constant"
     config.schedule.warmup_tokens = 10_000_000

@@ -1,6 +1,7 @@
 """`scaling-jax VERB --flag=value …`, the same as `python -m scaling_jax VERB …`.
 
-Exit codes: 0 done; 1 the run diverged; 2 bad input, with one message and nothing half-written; 128 + n stopped by signal n, saved.
+Exit codes: 0 done; 1 the run diverged, or the check failed; 2 bad input, with one message and nothing half-written; 128 + n stopped by
+signal n, saved.
 """
 
 import ctypes
@@ -103,7 +104,7 @@ def _flag_fault(error: flags.Error, values: flags.FlagValues) -> str:
     text = (str(error) or type(error).__name__).splitlines()[0]
     given = re.match(r"flag --(\w+)=(.*?): ", text)
     if isinstance(error, flags.IllegalFlagValueError) and given and given[1] in values:
-        kind = {"bool": "true or false", "int": "an integer"}.get(values[given[1]].parser.flag_type())
+        kind = {"bool": "true or false", "int": "an integer", "float": "a number"}.get(values[given[1]].parser.flag_type())
         return f"--{given[1]}={given[2]}: must be {kind}" if kind else text
     return text
 
@@ -242,6 +243,46 @@ def _parametrization(values: flags.FlagValues) -> int:
     return 0
 
 
+def _define_coord_check(values: flags.FlagValues) -> None:
+    _define_config(values)
+    flags.DEFINE_string("widths", None, "widths to compare at config.model.depth, comma-separated, at least 3", flag_values=values)
+    flags.DEFINE_string("depths", None, "depths to compare at config.model.width, comma-separated, at least 3", flag_values=values)
+    flags.DEFINE_string("out", None, "directory of the result; a check that was stopped there is continued", flag_values=values)
+    flags.DEFINE_integer("seeds", 4, "initial parameters to average over", flag_values=values)
+    flags.DEFINE_integer("steps", 10, "optimizer steps on the one batch", flag_values=values)
+    flags.DEFINE_float(
+        "lr", None, "learning rate, large but no more than 4 times the best; config.optimizer.lr if not given", flag_values=values
+    )
+    flags.DEFINE_integer("batch_tokens", 1024, "tokens of the one batch", flag_values=values)
+    flags.DEFINE_integer(
+        "heads", 0, "keep so many heads and let head_dim grow with width; 0 keeps config.model.head_dim", flag_values=values
+    )
+    flags.DEFINE_string("model", "", "FILE.py:NAME of a Flax module to check instead of the Transformer", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "delete the check that is in out, and start again", flag_values=values)
+
+
+def _coord_check(values: flags.FlagValues) -> int:
+    config = _config(values)
+    sizes = {axis: _sizes(f"{axis}s", text) for axis, text in (("width", values.widths), ("depth", values.depths)) if text}
+    if not values.out:
+        raise UserError("--out=DIR is missing: where the table, the figures and the verdict go")
+    use_compilation_cache()
+    from scaling_jax.coord_check.run import Check, coord_check, expected
+    from scaling_jax.report.coord_check import report_check
+
+    check = Check(sizes, values.seeds, values.steps, values.lr, values.batch_tokens, values.heads, values.model)
+    text, passed = report_check(coord_check(config, check, values.out, values.overwrite), expected(config, check), values.out)
+    print(text)
+    return 0 if passed else 1
+
+
+def _sizes(flag: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{flag}={text}: must be integers, comma-separated, for example 64,128,256") from None
+
+
 def _keep_freed_memory() -> None:
     """Tells glibc not to return freed memory to the kernel.
 
@@ -291,5 +332,11 @@ VERBS: dict[str, Verb] = {
         "scaling-jax parametrization --config=configs/cpu_demo.py",
         _define_config,
         _parametrization,
+    ),
+    "coord-check": Verb(
+        "measure whether activations, updates and weight decay keep their sizes across width or depth",
+        "scaling-jax coord-check --config=configs/cpu_demo.py --widths=64,128,256,512,1024 --config.model.depth=2 --out=runs/widths",
+        _define_coord_check,
+        _coord_check,
     ),
 }

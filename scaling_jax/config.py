@@ -47,17 +47,19 @@ FIELDS: dict[str, Field] = {
     "model.mlp": Field("gelu", "kind of MLP", choices=("gelu", "relu2", "swiglu")),
     "model.mlp_ratio": Field(4.0, "hidden width of the MLP over width", above=0),
     "model.tied_embeddings": Field(False, "one matrix for embedding and unembedding"),
+    "model.biases": Field(False, "a bias after every projection of the blocks"),
     "model.rope_theta": Field(10_000.0, "base of the rotary wavelengths", above=1),
     "model.compute_dtype": Field("float32", "dtype of activations and products", choices=("float32", "bfloat16")),
     "model.remat": _execution("none", "what a block's backward pass computes again", choices=("none", "dots", "full")),
     "parametrization.name": Field("mup", "row table", choices=("standard", "mup", "completep")),
     "parametrization.base_width": Field(128, "width at which every multiplier is 1", minimum=1),
-    "parametrization.base_depth": Field(3, "depth at which every multiplier is 1 (completep)", minimum=1),
+    "parametrization.base_depth": Field(0, "depth at which every multiplier is 1; completep must be given it", minimum=0),
     "parametrization.base_head_dim": Field(32, "head_dim at which logits agree with 1/sqrt(head_dim)", minimum=1),
     "parametrization.depth_exponent": Field(1.0, "alpha of the residual branch, depth^-alpha (completep)", minimum=0),
-    "parametrization.embedding_std": Field(1.0, "init standard deviation of the embedding; if tied, about base_width^-0.5", above=0),
+    "parametrization.embedding_std": Field(1.0, "init standard deviation of the embedding; if tied, times sqrt(base_width)", above=0),
     "parametrization.hidden_std": Field(1.0, "init std of hidden matrices times sqrt(fan_in)", above=0),
     "parametrization.output_init": Field("normal", "init of an untied unembedding", choices=("zero", "normal")),
+    "parametrization.query_init": Field("normal", "init of the matrices that make queries", choices=("zero", "normal")),
     "optimizer.lr": Field(2.0**-8, "peak learning rate at the base sizes", above=0),
     "optimizer.b1": Field(0.9, "AdamW's decay of the first moment, per step", minimum=0, below=1),
     "optimizer.b2": Field(0.95, "AdamW's decay of the second moment, per step", minimum=0, below=1),
@@ -135,22 +137,23 @@ def load(spec: str) -> ConfigDict:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever the file's own code raises
-        raise UserError(f"--config={path}{_line_in(path, error)}: {_reason(error)}") from error
+        raise UserError(f"--config={path}{line_in(path, error)}: {reason(error)}") from error
     if type(config) is not ConfigDict:
         kind = type(config).__name__
         raise UserError(f"--config={path}: get_config() returned {kind}; must return a changed scaling_jax.config.default_config()")
     return config
 
 
-def _line_in(path: str, error: BaseException) -> str:
-    """', line 5' of the file, ''  where the error does not touch it."""
+def line_in(path: str, error: BaseException) -> str:
+    """', line 5' of the file; '' where the error does not touch it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
         lines.append(error.lineno)
     return f", line {lines[-1]}" if lines else ""
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """In one line, what an error of somebody's Python file says."""
     text = str(error)
     unknown = re.match(r"""[\\'"]*(?:Key [\\'"]*)?(\w+)""", text) if isinstance(error, AttributeError | KeyError) else None
     if unknown:  # ConfigDict lists every other field at length
@@ -287,6 +290,8 @@ def _relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
         faults.append(f"config.model.width is {model.width}: must be a multiple of config.model.head_dim, {model.head_dim}")
     if model.head_dim % 2:
         faults.append(f"config.model.head_dim is {model.head_dim}: must be even, for rotary positions")
+    if config.parametrization.name == "completep" and not config.parametrization.base_depth:
+        faults.append("config.parametrization.base_depth is 0: completep needs the depth at which every multiplier is 1, at least 1")
     if mesh.fsdp == 0:
         faults.append("config.mesh.fsdp is 0: must be positive, or -1 for all devices that are left")
     elif mesh.fsdp > 0:

@@ -1,8 +1,8 @@
 """The decoder-only transformer, a Flax NNX module that stands alone.
 
 Pre-norm RMSNorm without gain (gains break μP transfer: Lingle, arXiv 2404.05728), rotary positions, blocks scanned over depth.
-Parameters and norms are float32, activations `compute_dtype`, logits float32. Every parameter is an `nnx.Param` that carries
-its role, fan-in and the rule that the parametrization gave it; nothing else in the package decides its init, lr or decay.
+Parameters and norms are float32, activations `compute_dtype`, logits float32. Every parameter carries the rule that the
+parametrization gave it (`scaling_jax.parameters`); nothing else in the package decides its init, lr or decay.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from jax import Array
 from scaling_jax.config import mlp_width
 from scaling_jax.errors import UserError
 from scaling_jax.mesh import batch_shards, constrain, on_one_device
-from scaling_jax.noise_scale import dense, dense_many, embed, embed_tied, unembed_tied
+from scaling_jax.noise_scale import bias, dense, dense_many, embed, embed_tied, unembed_tied
+from scaling_jax.parameters import Parameters
 from scaling_jax.parametrization import Parametrization
 
 KINDS = ("embedding", "attention", "mlp", "unembedding")  # groups of a probe [B, len(KINDS)]
@@ -45,6 +46,7 @@ class TransformerConfig:
     mlp: str = "gelu"
     mlp_ratio: float = 4.0
     tied_embeddings: bool = False
+    biases: bool = False
     rope_theta: float = 10_000.0
     compute_dtype: str = "float32"
     remat: str = "none"
@@ -72,7 +74,7 @@ class TransformerConfig:
 
     @property
     def params(self) -> int:
-        """N, non-embedding parameters (Kaplan et al. 2020)."""
+        """N, non-embedding parameters (Kaplan et al. 2020), biases not counted."""
         mlp_matrices = 3 if self.mlp == "swiglu" else 2
         return self.depth * (4 * self.width**2 + mlp_matrices * self.width * self.mlp_width)
 
@@ -104,73 +106,84 @@ def causal_attention(q_BxHxLxK: Array, k_BxHxLxK: Array, v_BxHxLxK: Array, scale
     return jnp.einsum("bhlm,bhmk->bhlk", weights_BxHxLxM, v_BxHxLxK)
 
 
-class _Parameters:
-    """Makes parameters by the parametrization's rules, and refuses any without one."""
+Tap = Callable[[str, Array], object]
 
-    def __init__(self, config: TransformerConfig, parametrization: Parametrization, rngs: nnx.Rngs):
-        self.config, self.parametrization, self.rngs = config, parametrization, rngs
 
-    def matrix(self, role: str, shape: tuple[int, int], axes: tuple[str, str], fan_in: int, base_fan_in: int) -> nnx.Param:
-        c = self.config
-        rule = self.parametrization.rule(role, fan_in=fan_in, base_fan_in=base_fan_in, width=c.width, depth=c.depth)
-        value = rule.init_std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
-        return nnx.Param(value, role=role, axes=axes, fan_in=fan_in, base_fan_in=base_fan_in, rule=rule)
-
-    def hidden(self, fan_in: int, fan_out: int, axes: tuple[str, str], base_fan_in: int) -> nnx.Param:
-        return self.matrix("hidden", (fan_in, fan_out), axes, fan_in, base_fan_in)
+def _no_tap(kind: str, activation: Array) -> None:
+    pass
 
 
 class Block(nnx.Module):
     """One pre-norm block: attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config: TransformerConfig, parametrization: Parametrization, rngs: nnx.Rngs):
-        make = _Parameters(config, parametrization, rngs)
-        width, base = config.width, parametrization.base_width
-        self.query = make.hidden(width, width, ("embed", "heads"), base)
-        self.key = make.hidden(width, width, ("embed", "heads"), base)
-        self.value = make.hidden(width, width, ("embed", "heads"), base)
-        self.attention_out = make.hidden(width, width, ("heads", "embed"), base)
-        self.mlp_in = make.hidden(width, config.mlp_width, ("embed", "mlp"), base)
+        make = Parameters(parametrization, rngs, width=config.width, depth=config.depth)
+        width, mlp = config.width, config.mlp_width
+        self.query = make.matrix("query", (width, width), ("embed", "heads"))
+        self.key = make.matrix("hidden", (width, width), ("embed", "heads"))
+        self.value = make.matrix("hidden", (width, width), ("embed", "heads"))
+        self.attention_out = make.matrix("hidden", (width, width), ("heads", "embed"))
+        self.mlp_in = make.matrix("hidden", (width, mlp), ("embed", "mlp"))
         if config.mlp == "swiglu":
-            self.mlp_gate = make.hidden(width, config.mlp_width, ("embed", "mlp"), base)
-        self.mlp_out = make.hidden(config.mlp_width, width, ("mlp", "embed"), mlp_width(base, config.mlp_ratio))
+            self.mlp_gate = make.matrix("hidden", (width, mlp), ("embed", "mlp"))
+        base_mlp = mlp_width(parametrization.base_width, config.mlp_ratio)
+        self.mlp_out = make.matrix("hidden", (mlp, width), ("mlp", "embed"), base_fan_in=base_mlp)
+        if config.biases:
+            self.query_bias, self.key_bias, self.value_bias = (make.vector(width, "heads") for _ in range(3))
+            self.attention_out_bias, self.mlp_out_bias = (make.vector(width, "embed") for _ in range(2))
+            self.mlp_in_bias = make.vector(mlp, "mlp")
+            if config.mlp == "swiglu":
+                self.mlp_gate_bias = make.vector(mlp, "mlp")
         self.config = config
         self.attention_scale = parametrization.attention_scale(config.head_dim)
         self.residual_multiplier = parametrization.residual_multiplier(config.depth)
 
-    def __call__(self, x_BxLxD: Array, probe_BxG: Array | None = None) -> Array:
+    def __call__(self, x_BxLxD: Array, probe_BxG: Array | None = None, tap: Tap = _no_tap) -> Array:
         attention, mlp = (None, None) if probe_BxG is None else (probe_BxG[:, 1], probe_BxG[:, 2])
-        x_BxLxD = constrain(x_BxLxD + self.residual_multiplier * self.attend(rms_norm(x_BxLxD), attention), "batch", "length", "residual")
-        return constrain(x_BxLxD + self.residual_multiplier * self.feed_forward(rms_norm(x_BxLxD), mlp), "batch", "length", "residual")
+        middle_BxLxD = self._add(x_BxLxD, self.attend(rms_norm(x_BxLxD), attention, tap))
+        end_BxLxD = self._add(middle_BxLxD, self.feed_forward(rms_norm(middle_BxLxD), mlp, tap))
+        tap("residual", end_BxLxD)
+        return end_BxLxD
 
-    def attend(self, x_BxLxD: Array, probe_B: Array | None) -> Array:
+    def _add(self, x_BxLxD: Array, branch_BxLxD: Array) -> Array:
+        return constrain(x_BxLxD + self.residual_multiplier * branch_BxLxD, "batch", "length", "residual")
+
+    def _biased(self, name: str, x_BxLxO: Array, probe_B: Array | None) -> Array:
+        return bias(x_BxLxO, getattr(self, f"{name}_bias")[...], probe_B) if self.config.biases else x_BxLxO
+
+    def _project(self, names: tuple[str, ...], axis: str, x_BxLxD: Array, probe_B: Array | None) -> list[Array]:
+        """The projections `names` of one input, which lie along the logical `axis`."""
+        ws_DxO = tuple(getattr(self, name)[...] for name in names)
+        ys_BxLxO = dense_many(x_BxLxD, ws_DxO, probe_B, shards=batch_shards(), joined=on_one_device())
+        biased = (self._biased(name, y_BxLxO, probe_B) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True))
+        return [constrain(y_BxLxO, "batch", "length", axis) for y_BxLxO in biased]
+
+    def attend(self, x_BxLxD: Array, probe_B: Array | None, tap: Tap = _no_tap) -> Array:
         batch, length, _ = x_BxLxD.shape
 
         def heads_first(x_BxLxHK: Array) -> Array:  # a layout whose products run twice as fast on CPU as [B, L, H, K]
-            x_BxLxHK = constrain(x_BxLxHK, "batch", "length", "heads")
             return x_BxLxHK.reshape(batch, length, self.config.heads, self.config.head_dim).swapaxes(1, 2)
 
-        projections = dense_many(
-            x_BxLxD,
-            (self.query[...], self.key[...], self.value[...]),
-            probe_B,
-            shards=batch_shards(),
-            joined=on_one_device(),
-        )
-        q_BxHxLxK, k_BxHxLxK, v_BxHxLxK = map(heads_first, projections)
+        q_BxHxLxK, k_BxHxLxK, v_BxHxLxK = map(heads_first, self._project(("query", "key", "value"), "heads", x_BxLxD, probe_B))
         q_BxHxLxK, k_BxHxLxK = (rotary(x_BxHxLxK, self.config.rope_theta) for x_BxHxLxK in (q_BxHxLxK, k_BxHxLxK))
         y_BxHxLxK = causal_attention(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, self.attention_scale)
+        tap("q", q_BxHxLxK), tap("k", k_BxHxLxK), tap("v", v_BxHxLxK)
+        if tap is not _no_tap:
+            # Those of the future are set to 0: nothing is learned about them.
+            tap("attention logits", jnp.tril(self.attention_scale * jnp.einsum("bhlk,bhmk->bhlm", q_BxHxLxK, k_BxHxLxK)))
         y_BxLxD = constrain(y_BxHxLxK.swapaxes(1, 2).reshape(batch, length, -1), "batch", "length", "heads")
-        return dense(y_BxLxD, self.attention_out[...], probe_B, shards=batch_shards())
+        y_BxLxD = self._biased("attention_out", dense(y_BxLxD, self.attention_out[...], probe_B, shards=batch_shards()), probe_B)
+        tap("attention output", y_BxLxD)
+        return y_BxLxD
 
-    def feed_forward(self, x_BxLxD: Array, probe_B: Array | None) -> Array:
+    def feed_forward(self, x_BxLxD: Array, probe_B: Array | None, tap: Tap = _no_tap) -> Array:
         activation = _ACTIVATIONS[self.config.mlp]
         gated = self.config.mlp == "swiglu"
-        ws_DxF = (self.mlp_in[...], self.mlp_gate[...]) if gated else (self.mlp_in[...],)
-        hs_BxLxF = dense_many(x_BxLxD, ws_DxF, probe_B, shards=batch_shards(), joined=on_one_device())
-        hs_BxLxF = [constrain(h_BxLxF, "batch", "length", "mlp") for h_BxLxF in hs_BxLxF]
+        hs_BxLxF = self._project(("mlp_in", "mlp_gate") if gated else ("mlp_in",), "mlp", x_BxLxD, probe_B)
         h_BxLxF = activation(hs_BxLxF[-1]) * hs_BxLxF[0] if gated else activation(hs_BxLxF[0])
-        return dense(h_BxLxF, self.mlp_out[...], probe_B, shards=batch_shards())
+        y_BxLxD = self._biased("mlp_out", dense(h_BxLxF, self.mlp_out[...], probe_B, shards=batch_shards()), probe_B)
+        tap("MLP hidden", h_BxLxF), tap("MLP output", y_BxLxD)
+        return y_BxLxD
 
 
 class Transformer(nnx.Module):
@@ -182,16 +195,17 @@ class Transformer(nnx.Module):
       rngs: seeds of the initial parameters.
 
     The optional `probe_BxG` (float32 zeros [B, len(KINDS)]) makes its own cotangent each sequence's squared gradient norm per
-    kind of layer: see `scaling_jax.noise_scale.per_example`.
+    kind of layer: see `scaling_jax.noise_scale.per_example`. The optional `tap(kind, activation)` is shown every kind of activation
+    once, those of the blocks with a leading axis, the depth.
     """
 
     def __init__(self, config: TransformerConfig, parametrization: Parametrization | None = None, *, rngs: nnx.Rngs):
         parametrization = parametrization or Parametrization()
-        width, base, vocab = config.width, parametrization.base_width, config.vocab_size
-        make = _Parameters(config, parametrization, rngs)
-        self.embedding = make.matrix("embedding", (vocab, width), ("vocab", "embed"), vocab, vocab)
+        width, vocab = config.width, config.vocab_size
+        make = Parameters(parametrization, rngs, width=width, depth=config.depth)
+        self.embedding = make.matrix("tied" if config.tied_embeddings else "embedding", (vocab, width), ("vocab", "embed"))
         if not config.tied_embeddings:
-            self.unembedding = make.matrix("output", (width, vocab), ("embed", "vocab"), width, base)
+            self.unembedding = make.matrix("output", (width, vocab), ("embed", "vocab"))
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -200,10 +214,10 @@ class Transformer(nnx.Module):
 
         self.blocks = stack(rngs)  # every parameter gains a leading axis, the depth
         self.config = config
-        rule = parametrization.rule("output", fan_in=width, base_fan_in=base, width=width, depth=config.depth)
-        self.logit_multiplier = rule.multiplier
+        read_out = self.embedding if config.tied_embeddings else self.unembedding
+        self.logit_multiplier = read_out.get_metadata()["rule"].multiplier
 
-    def __call__(self, tokens_BxL: Array, probe_BxG: Array | None = None) -> Array:
+    def __call__(self, tokens_BxL: Array, probe_BxG: Array | None = None, tap: Tap = _no_tap) -> Array:
         config, tied = self.config, self.config.tied_embeddings
         dtype = jnp.dtype(config.compute_dtype)
         carrier_BxLxD = None
@@ -216,14 +230,19 @@ class Transformer(nnx.Module):
         # The table is sharded along its width. Said in two steps, the partitioner exchanges pieces and does not copy the whole.
         x_BxLxD = constrain(constrain(x_BxLxD, "replica", "length", "embed"), "batch", "length", "residual")
 
+        tap("embedding", x_BxLxD)
         graph, layers = nnx.split(self.blocks)
 
-        def block(x_BxLxD: Array, layer: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x_BxLxD, probe_BxG), None
+        def block(x_BxLxD: Array, layer: nnx.State) -> tuple[Array, dict[str, Array]]:
+            activations: dict[str, Array] = {}
+            collect = _no_tap if tap is _no_tap else activations.__setitem__
+            return nnx.merge(graph, layer)(x_BxLxD, probe_BxG, collect), activations
 
         if config.remat != "none":
             block = jax.checkpoint(block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
-        x_BxLxD, _ = jax.lax.scan(block, x_BxLxD, layers)
+        x_BxLxD, stacked = jax.lax.scan(block, x_BxLxD, layers)
+        for kind, activation in stacked.items():
+            tap(kind, activation)
 
         h_BxLxD = rms_norm(x_BxLxD) * self.logit_multiplier
         if not tied:
@@ -233,6 +252,7 @@ class Transformer(nnx.Module):
             logits_BxLxV = dense(h_BxLxD, self.embedding[...].T, shards=batch_shards(), out_dtype=jnp.float32)
         else:
             logits_BxLxV = unembed_tied(h_BxLxD, self.embedding[...], tokens_BxL, carrier_BxLxD, probe_BxG[:, 0], shards=batch_shards())
+        tap("logits", logits_BxLxV)
         return constrain(logits_BxLxV, "batch", "length", "vocab")
 
     def forward_multiplier(self, path: tuple[str, ...]) -> float:

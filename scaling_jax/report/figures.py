@@ -176,7 +176,7 @@ def loss_figure(records: list[dict], path: str | Path, summary: dict[str, Any] |
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.legend(loc="upper right")
 
-    _save(path, (7.2, 4.6), draw)
+    save_figure(path, (7.2, 4.6), draw)
     return True
 
 
@@ -238,7 +238,7 @@ def noise_figure(records: list[dict], path: str | Path, summary: dict[str, Any] 
                 right.plot(*points.T, color=colour, linestyle=dashes, linewidth=2, label=kind, marker="." if len(points) == 1 else "")
             right.legend(loc="upper left", labelspacing=0.35)
 
-    _save(path, (11.5, 5.4) if by_kind else (7.2, 5.6), draw)
+    save_figure(path, (11.5, 5.4) if by_kind else (7.2, 5.6), draw)
     return True
 
 
@@ -356,11 +356,11 @@ def _no_data(path: str | Path) -> bool:
     def draw(figure):
         figure.text(0.5, 0.5, "no data", ha="center", va="center", color=_GREY)
 
-    _save(path, (7.2, 4.6), draw)
+    save_figure(path, (7.2, 4.6), draw)
     return False
 
 
-def _save(path: str | Path, inches: tuple[float, float], draw) -> None:
+def save_figure(path: str | Path, inches: tuple[float, float], draw: Callable[[Any], None]) -> None:
     """Draws on a figure of its own: no pyplot, so no global state and no display."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -1,57 +1,51 @@
-"""The parametrization as a run applies it, read back from the built model and the optimizer's state."""
+"""The parametrization of a config as text."""
+
+from typing import Any
 
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from scaling_jax.parametrization import TABLE
+from scaling_jax.train.applied import applied_table
 from scaling_jax.train.step import Trainer
 
+_COLUMNS = ("name", "shape", "role", "fan_in", "init_std", "measured_std", "lr", "weight_decay", "eps", "multiplier")
 
-def parametrization_rows(config: ConfigDict) -> tuple[list[dict[str, object]], float]:
-    """The rows, one dict a parameter, and what q·k is multiplied with.
 
-    A row has name, shape, role, fan_in, init_std (of the values), lr, weight_decay, eps and multiplier.
-
-    `lr` is the peak; shrinkage per step is lr·weight_decay; `multiplier` is what the forward pass puts on the layer's output.
-    """
+def measured_table(config: ConfigDict) -> dict[str, Any]:
+    """`applied_table` of a config, with the std of each initial parameter, as drawn, in `measured_std`."""
     trainer = Trainer(config)
     state = trainer.init(config.train.seed)
-    roles = state.opt_state[-1]
-    model = nnx.merge(trainer.graph, state.params)
-    rows = []
-    columns = (dict(nnx.to_flat_state(tree)) for tree in (state.params, roles.lr, roles.weight_decay, roles.eps))
-    values, lr, weight_decay, eps = columns
-    for path, param in values.items():
-        metadata = param.get_metadata()
-        rows.append(
-            {
-                "name": ".".join(map(str, path)),
-                "shape": " x ".join(map(str, param.shape)),
-                "role": metadata["role"],
-                "fan_in": metadata["fan_in"],
-                "init_std": float(np.std(np.asarray(param[...], np.float64))),
-                "lr": float(lr[path][...]),
-                "weight_decay": float(weight_decay[path][...]),
-                "eps": float(eps[path][...]),
-                "multiplier": model.forward_multiplier(path),
-            }
-        )
-    return rows, model.blocks.attention_scale
+    table = applied_table(trainer, state)
+    for row, (_, value) in zip(table["parameters"], nnx.to_flat_state(state.params), strict=True):
+        row["measured_std"] = float(np.std(np.asarray(value[...], np.float64)))
+    return table
 
 
 def parametrization_table(config: ConfigDict) -> str:
-    """The rows as text, with what concerns no single parameter below."""
-    rows, attention_scale = parametrization_rows(config)
-    text = [{key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()} for row in rows]
-    widths = {key: max(len(key), *(len(row[key]) for row in text)) for key in text[0]}
-    lines = ["  ".join(f"{row[key]:<{widths[key]}}" for key in widths).rstrip() for row in ({key: key for key in widths}, *text)]
-    p, m = config.parametrization, config.model
+    """The rows as text, with what concerns no single parameter and the source of every row below."""
+    table = measured_table(config)
+    rows = [{key: _text(row[key]) for key in _COLUMNS} for row in table["parameters"]]
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in _COLUMNS}
+    lines = ["  ".join(f"{row[key]:<{widths[key]}}" for key in widths).rstrip() for row in ({key: key for key in widths}, *rows)]
+    roles = [*dict.fromkeys(row["role"] for row in table["parameters"]), "attention_logits", "residual_branch"]
     return "\n".join(
         [
             *lines,
             "",
-            f"parametrization {p.name}, base width {p.base_width}, base depth {p.base_depth}, base head_dim {p.base_head_dim}; "
-            f"decay {config.optimizer.decay_mode}",
-            f"attention logits q·k x {attention_scale:.4g} at head_dim {m.head_dim}",
+            f"parametrization {table['name']}, base width {table['base_width']}, base depth {table['base_depth'] or 'not given'}, "
+            f"base head_dim {table['base_head_dim']}; decay {table['decay_mode']}; shrinkage per step is lr x weight_decay",
+            f"attention logits q·k x {table['attention_scale']:.4g} at head_dim {config.model.head_dim}; "
+            f"residual branches x {table['residual_multiplier']:.4g} at depth {config.model.depth}",
+            f"fingerprint {table['fingerprint']}",
+            "",
+            *(f"{role:<16}  {TABLE[table['name']][role].source}" for role in roles),
         ]
     )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " x ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

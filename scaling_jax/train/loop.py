@@ -19,6 +19,7 @@ from scaling_jax.data.source import Prefetcher
 from scaling_jax.errors import UserError
 from scaling_jax.mesh import make_mesh
 from scaling_jax.train import workdir as workdir_lib
+from scaling_jax.train.applied import applied_table
 from scaling_jax.train.checkpoint import Checkpoints
 from scaling_jax.train.evaluate import Evaluator
 from scaling_jax.train.metrics import MetricsWriter, Progress, read_records, train_record
@@ -84,6 +85,9 @@ class _Run:
         if tokens >= self.total_sequences * self.context and (finished := workdir_lib.finished_summary(self.workdir)):
             self.progress.say(f"{self.workdir}: already finished; --overwrite trains it again")
             return finished
+        table = applied_table(self.trainer, state)
+        self.table_fingerprint = table["fingerprint"]
+        workdir_lib.write_json(self.workdir / workdir_lib.TABLE_FILE, table)
         self.writer = MetricsWriter(self.workdir, tokens, self.config.logging.tensorboard)
         self.saved_tokens = tokens if tokens in self.checkpoints.tokens() else None
         stops = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
@@ -223,6 +227,7 @@ class _Run:
             "params": model.params,
             "total_params": sum(x.size for x in jax.tree.leaves(self.trainer.abstract_state.params)),
             "flops_per_token": model.flops_per_token,
+            "parametrization_fingerprint": self.table_fingerprint,
             "train_loss": float(np.mean(tail)) if tail else None,  # over the last twentieth of the run
             "checkpoints": self.checkpoints.tokens(),
         }

@@ -5,7 +5,7 @@
 `Trainer` builds the step for a config and a mesh. To try an idea, change `_train_step`.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,10 +62,12 @@ class Trainer:
     Args:
       config: a valid config.
       mesh: a mesh with the axes of `scaling_jax.mesh.AXES`, or None for the default device.
+      model: makes the module, `model(TransformerConfig, Parametrization, rngs=)`. One of your own maps tokens [B, L] to logits
+        [B, L, V], and takes a probe as second argument if noise is to be measured.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh | None = None):
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: ConfigDict, mesh: Mesh | None = None, model: Callable[..., nnx.Module] = Transformer):
+        self.config, self.mesh, self.model = config, mesh, model
         self.optimizer = optimizer.adamw(config)
         self.graph, _ = nnx.split(nnx.eval_shape(self._model))
         self.abstract_state: TrainState = jax.eval_shape(self._init, jax.random.key(0))
@@ -79,14 +81,17 @@ class Trainer:
         # One program, so that the values do not depend on the mesh.
         self._jit_init = jax.jit(self._init, **shardings)
         shardings = {} if mesh is None else {"out_shardings": (self.state_sharding, None)}
-        self._jit_step = jax.jit(partial(_train_step, self), static_argnums=2, donate_argnums=0, **shardings)
+        self._jit_step = jax.jit(self.pure_step, static_argnums=2, donate_argnums=0, **shardings)
         self._jit_eval = jax.jit(lambda params, tokens_BxL: _sequence_losses(self.graph, params, tokens_BxL, None))
 
-    def _model(self, key: Array | int = 0) -> Transformer:
-        return Transformer(transformer_config(self.config), parametrization(self.config), rngs=nnx.Rngs(key))
+    def _model(self, key: Array | int = 0) -> nnx.Module:
+        return self.model(transformer_config(self.config), parametrization(self.config), rngs=nnx.Rngs(key))
+
+    def init_params(self, key: Array) -> nnx.State:
+        return nnx.state(self._model(key), nnx.Param)
 
     def _init(self, key: Array) -> TrainState:
-        params = nnx.state(self._model(key), nnx.Param)
+        params = self.init_params(key)
         return TrainState(params, self.optimizer.init(params), noise_scale.estimator.init(len(KINDS)), jnp.int32(0), jnp.int32(0))
 
     def _in_mesh(self, f: Any, *args: Any) -> Any:
@@ -101,6 +106,10 @@ class Trainer:
     def step(self, state: TrainState, tokens_AxBxL: Array, measure: bool = True) -> tuple[TrainState, StepMetrics]:
         """One step on [accumulation, B / accumulation, context + 1] tokens; `state` is donated."""
         return self._in_mesh(self._jit_step, state, tokens_AxBxL, measure)
+
+    def pure_step(self, state: TrainState, tokens_AxBxL: Array, measure: bool = True) -> tuple[TrainState, StepMetrics]:
+        """`step` as a function to trace into a program of one's own."""
+        return _train_step(self, state, tokens_AxBxL, measure)
 
     def eval(self, params: nnx.State, tokens_BxL: Array) -> Array:
         """Losses [B] of sequences of context + 1 tokens, nats per token."""
@@ -168,7 +177,8 @@ def _loss_and_gradient(graph: Any, params: nnx.State, tokens_AxBxL: Array, measu
 
 
 def _sequence_losses(graph: Any, params: nnx.State, tokens_BxL: Array, probe_BxG: Array | None) -> Array:
-    return sequence_losses(nnx.merge(graph, params)(tokens_BxL[:, :-1], probe_BxG), tokens_BxL[:, 1:])
+    model, inputs = nnx.merge(graph, params), tokens_BxL[:, :-1]
+    return sequence_losses(model(inputs) if probe_BxG is None else model(inputs, probe_BxG), tokens_BxL[:, 1:])
 
 
 def _sq_norm_by_kind(grads: nnx.State) -> Array:

@@ -14,8 +14,8 @@ from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
 from scaling_jax.train import checkpoint, metrics
 
-CONFIG_FILE, SUMMARY_FILE, FIGURES, LOCK_FILE = "config.json", "summary.json", "figures", ".lock"
-_OWN = (CONFIG_FILE, SUMMARY_FILE, FIGURES, metrics.FILE, "tensorboard", checkpoint.DIRECTORY, checkpoint.SET_ASIDE)
+CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LOCK_FILE = "config.json", "summary.json", "parametrization.json", "figures", ".lock"
+_OWN = (CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, metrics.FILE, "tensorboard", checkpoint.DIRECTORY, checkpoint.SET_ASIDE)
 
 
 def claim(workdir: Path, config: ConfigDict, data_fingerprint: str, overwrite: bool = False) -> int:
