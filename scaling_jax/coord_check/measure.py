@@ -137,9 +137,9 @@ def _decay(trainer: Trainer) -> dict[tuple[str, str], float]:
     chain = optimizer.adamw(config)
 
     def shrinkage() -> dict[tuple[str, str], Array]:
-        params = trainer.init_params(jax.random.key(0))
-        ones, zeros = jax.tree.map(jnp.ones_like, params), jax.tree.map(jnp.zeros_like, params)
-        updates, _ = chain.update(zeros, chain.init(params), ones, lr_fraction=jnp.float32(1))
+        ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), trainer.abstract_state.params)
+        zeros = jax.tree.map(jnp.zeros_like, ones)
+        updates, _ = chain.update(zeros, chain.init(ones), ones, lr_fraction=jnp.float32(1))
         return {of: -jnp.mean(u) / config.optimizer.lr for of, u in _by_parameter(updates).items()}
 
     return {of: float(value) for of, value in jax.jit(shrinkage)().items()}

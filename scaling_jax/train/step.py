@@ -87,11 +87,8 @@ class Trainer:
     def _model(self, key: Array | int = 0) -> nnx.Module:
         return self.model(transformer_config(self.config), parametrization(self.config), rngs=nnx.Rngs(key))
 
-    def init_params(self, key: Array) -> nnx.State:
-        return nnx.state(self._model(key), nnx.Param)
-
     def _init(self, key: Array) -> TrainState:
-        params = self.init_params(key)
+        params = nnx.state(self._model(key), nnx.Param)
         return TrainState(params, self.optimizer.init(params), noise_scale.estimator.init(len(KINDS)), jnp.int32(0), jnp.int32(0))
 
     def _in_mesh(self, f: Any, *args: Any) -> Any:
