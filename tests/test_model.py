@@ -107,12 +107,56 @@ def test_remat_changes_nothing_but_memory():
 
 
 def test_every_parameter_has_a_kind_a_role_and_axes():
-    for fields in ({}, {"tied_embeddings": True}, {"mlp": "swiglu"}):
+    for fields in ({}, {"tied_embeddings": True}, {"mlp": "swiglu", "biases": True}):
         for path, param in nnx.to_flat_state(nnx.state(Transformer(small(**fields), rngs=nnx.Rngs(0)), nnx.Param)):
             metadata = param.get_metadata()
-            assert metadata["role"] in ("embedding", "hidden", "output") and len(metadata["axes"]) == 2
+            roles = {"query": "query", "embedding": "tied" if "tied_embeddings" in fields else "embedding", "unembedding": "output"}
+            assert metadata["role"] == ("vector" if path[-1].endswith("_bias") else roles.get(path[-1], "hidden"))
+            stacked = path[0] == "blocks"
+            assert len(metadata["axes"]) == param.ndim - stacked
             expected = "mlp" if "mlp" in path[-1] else path[-1] if "embedding" in path[-1] else "attention"
             assert parameter_kind(path) == expected and expected in KINDS
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_every_projection_adds_its_own_bias(mlp):
+    """Biases of 0 change nothing; a random one of any projection does, and the key's only through position."""
+    tokens = tokens_BxL(2, 8)
+    plain, biased = (Transformer(small(mlp=mlp, biases=on), rngs=nnx.Rngs(0)) for on in (False, True))
+    np.testing.assert_array_equal(biased(tokens), plain(tokens))
+    names = [path[-1] for path, _ in nnx.to_flat_state(nnx.state(biased, nnx.Param)) if path[-1].endswith("_bias")]
+    matrices = [path[-1] for path, _ in nnx.to_flat_state(nnx.state(plain, nnx.Param)) if path[0] == "blocks"]
+    assert sorted(names) == sorted(f"{name}_bias" for name in matrices)
+    for name in names:
+        bias = getattr(biased.blocks, name)
+        bias[...] = 0.1 * jax.random.normal(jax.random.key(1), bias.shape)
+        assert float(jnp.max(jnp.abs(biased(tokens) - plain(tokens)))) > 1e-4, name
+        bias[...] = jnp.zeros_like(bias[...])
+
+
+def test_zero_queries_attend_to_all_that_came_before_alike():
+    model = Transformer(small(depth=1), Parametrization(query_init="zero"), rngs=nnx.Rngs(0))
+    seen = {}
+    model(tokens_BxL(2, 8), tap=seen.__setitem__)
+    assert float(jnp.max(jnp.abs(seen["attention logits"]))) == 0
+    assert float(jnp.max(jnp.abs(model.blocks.query[...]))) == 0 < float(jnp.max(jnp.abs(model.blocks.key[...])))
+
+
+def test_a_tap_sees_every_kind_of_activation_and_changes_nothing():
+    config = small(depth=3, mlp="swiglu")
+    model, tokens, seen = Transformer(config, rngs=nnx.Rngs(0)), tokens_BxL(2, 8), {}
+    logits = model(tokens, tap=seen.__setitem__)
+    np.testing.assert_allclose(logits, model(tokens), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(seen["logits"], logits)
+    heads = (3, 2, config.heads, 8, config.head_dim)
+    stream = (3, 2, 8, config.width)
+    shapes = {"q": heads, "k": heads, "v": heads, "attention logits": (3, 2, config.heads, 8, 8)}
+    shapes |= {"attention output": stream, "MLP output": stream, "residual": stream, "MLP hidden": (3, 2, 8, config.mlp_width)}
+    shapes |= {"embedding": stream[1:], "logits": (2, 8, config.vocab_size)}
+    assert {kind: x.shape for kind, x in seen.items()} == shapes
+    # The residual stream is the embedding and all that the branches added to it.
+    added = jnp.sum(seen["attention output"] + seen["MLP output"], axis=0)
+    np.testing.assert_allclose(seen["residual"][-1], seen["embedding"] + added, rtol=1e-4, atol=1e-5)
 
 
 def test_initial_parameters_have_the_tables_std_and_differ_by_layer_and_seed():

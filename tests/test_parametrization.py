@@ -10,14 +10,14 @@ from scaling_jax.config import default_config
 from scaling_jax.errors import UserError
 from scaling_jax.model import Transformer, TransformerConfig
 from scaling_jax.optimizer import with_rules
-from scaling_jax.parametrization import Parametrization
-from scaling_jax.report.parametrization import parametrization_rows, parametrization_table
+from scaling_jax.parametrization import ROLES, TABLE, Parametrization
+from scaling_jax.report.parametrization import measured_table, parametrization_table
 
 BASE = Parametrization("mup", base_width=64, base_depth=2, base_head_dim=16, output_init="normal")
 
 
 def rule(parametrization, role, width, depth=2):
-    base, fan_in = (64, width) if role in ("hidden", "output") else (256, 256)
+    base, fan_in = (64, width) if role in ("hidden", "query", "output") else (256, 256)
     return parametrization.rule(role, fan_in=fan_in, base_fan_in=base, width=width, depth=depth)
 
 
@@ -39,34 +39,68 @@ def test_mup_ratios(width):
 
 def test_standard_moves_only_the_init():
     standard = Parametrization("standard", base_width=64, output_init="normal")
-    for role in ("embedding", "hidden", "output", "vector"):
+    for role in ROLES:
         r = rule(standard, role, 1024)
-        assert (r.lr, r.weight_decay, r.eps, r.multiplier) == (1, 1, 1, 1)
+        assert (r.lr, r.eps, r.multiplier) == (1, 1, 1)
+        assert r.weight_decay == (0 if "vector" in role else 1)
     assert rule(standard, "hidden", 1024).init_std == 1024**-0.5
     assert standard.attention_scale(64) == 1 / 8
 
 
 def test_completep_depth_factors():
-    """CompleteP: residual branch 1/k^α, hidden lr k^(α−1)/m, epsilon k^−α/m."""
+    """nanoGPT-mup, branch completep: residual branch 1/k^α, hidden lr k^(α−1)/m, decay m, epsilon k^−α/m; norms and biases no decay."""
     for alpha in (0.5, 1.0):
         p = Parametrization("completep", base_width=64, base_depth=2, depth_exponent=alpha)
         hidden = rule(p, "hidden", 256, depth=8)
-        np.testing.assert_allclose((hidden.lr, hidden.eps), (4 ** (alpha - 1) / 4, 4**-alpha / 4))
+        np.testing.assert_allclose((hidden.lr, hidden.weight_decay, hidden.eps), (4 ** (alpha - 1) / 4, 4, 4**-alpha / 4))
+        vector = rule(p, "vector", 256, depth=8)
+        np.testing.assert_allclose((vector.lr, vector.weight_decay, vector.eps), (4 ** (alpha - 1), 0, 4**-alpha / 4))
+        assert rule(p, "query", 256, depth=8) == hidden
         assert p.residual_multiplier(8) == 4**-alpha
-        assert rule(p, "embedding", 256, depth=8).lr == 1
+        for role in ("embedding", "tied", "output", "final_vector"):
+            outside = rule(p, role, 256, depth=8)
+            assert (outside.lr, outside.eps) == (1, 1 / 4)
     assert BASE.residual_multiplier(8) == 1
 
 
 @pytest.mark.parametrize("name", ["mup", "completep"])
 def test_at_the_base_sizes_all_tables_agree(name):
-    for role in ("embedding", "hidden", "output", "vector"):
+    for role in ROLES:
         ours = rule(Parametrization(name, base_width=64, base_depth=2), role, 64)
         assert ours == rule(Parametrization("standard", base_width=64, base_depth=2), role, 64)
+    for head_dim in (8, 24, 32, 80):  # to the bit, whether or not its root is a round number
+        ours = Parametrization(name, base_head_dim=head_dim, base_depth=2)
+        assert ours.attention_scale(head_dim) == Parametrization("standard").attention_scale(head_dim)
+
+
+def test_a_width_below_the_base_turns_every_factor_round():
+    hidden, output = rule(BASE, "hidden", 16), rule(BASE, "output", 16)
+    assert (hidden.lr, hidden.weight_decay, hidden.eps, output.multiplier) == (4, 1 / 4, 4, 4)
+
+
+def test_every_row_names_its_source():
+    assert set(TABLE) == {"standard", "mup", "completep"}
+    for rows in TABLE.values():
+        assert set(rows) == {*ROLES, "attention_logits", "residual_branch"}
+        assert all(row.source for row in rows.values())
+
+
+def test_zero_inits_are_of_their_role_only():
+    zero = Parametrization("mup", base_width=64, output_init="zero", query_init="zero")
+    assert {role for role in ROLES if rule(zero, role, 64).init_std == 0} == {"output", "query", "vector", "final_vector"}
+    assert {role for role in ROLES if rule(BASE, role, 64).init_std == 0} == {"vector", "final_vector"}
+
+
+def test_completep_without_a_base_depth_is_refused():
+    with pytest.raises(UserError, match="base_depth is 0: completep"):
+        Parametrization("completep")
 
 
 def test_coupled_decay_follows_the_lr():
     coupled = Parametrization("mup", base_width=64, decay_mode="coupled")
-    assert rule(coupled, "hidden", 256).weight_decay == 1
+    for width in (16, 64, 256):
+        assert rule(coupled, "hidden", width).weight_decay == 1
+        assert rule(coupled, "vector", width).weight_decay == 0
 
 
 def test_unknown_role_and_name_are_refused():
@@ -97,16 +131,17 @@ def wide_config(width=128):
 
 def test_table_is_read_back_from_model_and_optimizer_state():
     config = wide_config()
-    rows, attention_scale = parametrization_rows(config)
-    by_name = {row["name"]: row for row in rows}
-    assert len(rows) == 8 and attention_scale == 0.25
+    table = measured_table(config)
+    by_name = {row["name"]: row for row in table["parameters"]}
+    assert len(by_name) == 8 and table["attention_scale"] == 0.25 and table["residual_multiplier"] == 1
     hidden, output = by_name["blocks.mlp_out"], by_name["unembedding"]
-    np.testing.assert_allclose(hidden["init_std"], 512**-0.5, rtol=0.02)
+    np.testing.assert_allclose((hidden["init_std"], hidden["measured_std"]), 512**-0.5, rtol=0.02)
     np.testing.assert_allclose((hidden["lr"], hidden["weight_decay"], hidden["eps"]), (0.0025, 0.4, 2.5e-9), rtol=1e-5)
-    np.testing.assert_allclose(output["init_std"], 32**-0.5, rtol=0.02)
+    np.testing.assert_allclose((output["init_std"], output["measured_std"]), 32**-0.5, rtol=0.02)
     assert output["multiplier"] == 0.25 and output["lr"] == pytest.approx(0.01)
     text = parametrization_table(config)
     assert all(name in text for name in by_name)
+    assert table["fingerprint"] in text and "Tensor Programs V" in text
 
 
 def test_output_multiplier_reaches_the_logits():

@@ -106,7 +106,7 @@ def slopes(coordinates: Sequence[Coordinate], expected: Expected) -> list[Slope]
     for (axis, quantity, kind, role, step), by_size in groups.items():
         slope, se = _fit(by_size)
         exponent = expected.exponent(axis, quantity, kind, role)
-        not_begun = all(value == 0 for values in by_size.values() for value in values) and step < last
+        not_begun = quantity != DECAY and step < last and not any(map(any, by_size.values()))
         if not_begun or step < FIRST_STEP[quantity]:
             exponent = None
         tolerance = None if exponent is None else TOLERANCE[axis, quantity]

@@ -48,7 +48,7 @@ def report_check(coordinates: Sequence[Coordinate], expected: Expected, out: str
 def _place(quantity: str, kind: str) -> tuple[int, int]:
     """Where a row or panel stands: activations in the order of the forward pass, then updates, then decay."""
     known = [i for i, name in enumerate(_FORWARD) if kind.startswith(name)]
-    return ((ACTIVATION, CHANGE, UPDATE, DECAY).index(quantity) // 2 if quantity != DECAY else 2), (known[-1] if known else len(_FORWARD))
+    return {ACTIVATION: 0, CHANGE: 0, UPDATE: 1, DECAY: 2}[quantity], (known[-1] if known else len(_FORWARD))
 
 
 def _table(furthest: Sequence[Slope]) -> str:

@@ -63,6 +63,7 @@ def trainer_of(mlp: str, tied: bool, mesh: Mesh | None = None, remat: str = "non
     config.model.width, config.model.head_dim, config.model.depth = 32, 8, 2
     config.model.context, config.model.vocab_size = CONTEXT, VOCAB
     config.model.mlp, config.model.tied_embeddings, config.model.remat = mlp, tied, remat
+    config.model.biases = mlp != "gelu"  # with every mesh, remat, embedding and accumulation, and without
     config.parametrization.name, config.parametrization.base_width = "completep", 16  # every forward multiplier differs from 1
     config.parametrization.base_depth = 1
     config.train.batch_tokens, config.train.accumulation = SEQUENCES * CONTEXT, accumulation
@@ -89,7 +90,7 @@ def reference(mlp: str, tied: bool) -> Reference:
     """vmap(grad) of the layers that know no probe, on one device, at parameters away from their initial values."""
     trainer = trainer_of(mlp, tied)
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda p: np.float32(p + 0.3 * np.std(p) * rng.standard_normal(p.shape)), trainer.init(0).params)
+    params = jax.tree.map(lambda p: np.float32(p + 0.3 * (np.std(p) or 1) * rng.standard_normal(p.shape)), trainer.init(0).params)
 
     def loss(params: nnx.State, tokens_L: jax.Array) -> jax.Array:
         logits_LxV = nnx.merge(trainer.graph, params)(tokens_L[None, :-1])[0]
@@ -109,7 +110,9 @@ def reference(mlp: str, tied: bool) -> Reference:
     }
     sq_norms_BxG = np.zeros((SEQUENCES, 4))
     for path, grad in nnx.to_flat_state(grads_B):
-        sq_norms_BxG[:, groups[path[-1]]] += np.sum(np.square(np.asarray(grad[...], np.float64)).reshape(SEQUENCES, -1), axis=1)
+        sq_norms_BxG[:, groups[path[-1].removesuffix("_bias")]] += np.sum(
+            np.square(np.asarray(grad[...], np.float64)).reshape(SEQUENCES, -1), axis=1
+        )
     grads = jax.tree.map(lambda g: np.mean(np.asarray(g, np.float64), axis=0), grads_B)
     return Reference(params, float(np.mean(np.asarray(losses_B, np.float64))), grads, sq_norms_BxG)
 
