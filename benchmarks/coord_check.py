@@ -13,9 +13,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
 from scaling_jax import config as config_lib
 from scaling_jax.cli import use_compilation_cache
 from scaling_jax.console import LiveLine
@@ -25,6 +22,7 @@ from scaling_jax.data.corpus import open_run_data
 from scaling_jax.model import Transformer
 from scaling_jax.report.coord_check import coord_figure
 
+ROOT = Path(__file__).parent.parent
 SEEDS, STEPS, SEQUENCES = 4, 10, 16
 LINE = LiveLine(seconds=30)
 
@@ -65,6 +63,7 @@ def calibrate(name: str, axis: str, sizes: tuple[int, ...], sets: int) -> None:
 
 
 def mutants() -> None:
+    sys.path.insert(0, str(ROOT / "tests"))
     from mutants import MUTANTS
 
     print("\nmutants: the kind that is furthest off")
@@ -86,7 +85,6 @@ def figures(folder: Path) -> None:
         ("standard", "width", (64, 128, 256, 512, 1024)),
         ("mup", "width", (64, 128, 256, 512, 1024)),
         ("completep", "depth", (2, 4, 8, 16, 32)),
-        ("mup", "depth", (2, 4, 8, 16, 32)),
     ):
         found = measured(demo(name), axis, sizes)
         rows = slopes(found, Expected())

@@ -5,11 +5,12 @@
 The argument is 32m, 101m or 354m. DIR is what `scaling-jax tokenize` made of the text (theirs: C4) with the GPT-2 tokenizer in FILE.
 
 From the first author's public fork of llm-foundry: MPT of width 256, 512 or 1024 and 24 blocks, context 1024, GPT-2's 50,257 tokens,
-tied embeddings, rotary positions, GELU MLP of 4 widths, AdamW (0.9, 0.95), epsilon 1e-8, no weight decay, clip 1.0, μP against width
-256, embedding std 1/sqrt(256). The learning rates are a grid from 2^-12 to 2^-7 in steps of sqrt(2); this config stands at its middle.
+tied embeddings, biases, rotary positions, GELU MLP of 4 widths, AdamW (0.9, 0.95), epsilon 1e-8, no weight decay, clip 1.0, μP
+against width 256, embedding std 1/sqrt(256). The learning rates are a grid from 2^-12 to 2^-7 in steps of sqrt(2); this config
+stands at its middle.
 Its batches 2^18 and 2^20 tokens are the optima that reviews report. Constant lr after 10M tokens of warmup, so that one run serves all
 token budgets.
-Not known, and chosen here: the budget, head_dim, the schedule in its final form. Not theirs: no biases, no norm gains, no 1/sqrt(2·depth)
+Not known, and chosen here: the budget, head_dim, the schedule in its final form. Not theirs: no norm gains, no 1/sqrt(2·depth)
 in the init of residual branches.
 
 Cost: 6·N·T FLOPs and a third more for attention; 1.0e18 at 32m. Its loss is not known: the paper publishes none per run.
@@ -32,6 +33,7 @@ def get_config(size: str = "32m"):
     config.model.context = 1024
     config.model.vocab_size = 50_304  # 50,257 and padding, so that devices can share it
     config.model.tied_embeddings = True
+    config.model.biases = True
     config.parametrization.name = "mup"
     config.parametrization.base_width = 256
     config.parametrization.base_depth = 24

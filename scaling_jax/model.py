@@ -265,7 +265,7 @@ class Transformer(nnx.Module):
 
 def parameter_kind(path: tuple[str, ...]) -> str:
     """The entry of KINDS that a parameter's path belongs to."""
-    name = path[-1]
+    name = str(path[-1])
     if name.startswith("mlp"):
         return "mlp"
     return name if name in KINDS else "attention"

@@ -10,6 +10,7 @@ from flax import nnx
 from helpers import small_config
 
 from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, QUARTERS, UPDATE, check_config, coordinates
+from scaling_jax.parameters import Parameters
 from scaling_jax.train.step import Trainer
 
 VOCAB, CONTEXT, SEQUENCES, STEPS, LR = 24, 8, 4, 3, 0.02
@@ -44,18 +45,21 @@ def table(found, quantity, step, seed=0):
     return {c.kind: c.value for c in found if (c.quantity, c.step, c.seed) == (quantity, step, seed)}
 
 
+DEPTH = 3  # whose quarters lie between blocks, and not in the middle
+
+
 @functools.cache
-def by_depth(depth):
-    """The config at a depth and what is measured: a readout and queries that start at random, so that nothing is trivially zero."""
-    config = check_config(config_of(parametrization__name="completep", model__width=32), "depth", depth)
+def deep():
+    """The config and what is measured: a readout and queries that start at random, so that nothing is trivially zero."""
+    config = check_config(config_of(parametrization__name="completep", model__width=32), "depth", DEPTH)
     config.parametrization.output_init = "normal"
-    return config, measured(config, "depth", depth)
+    return config, measured(config, "depth", DEPTH)
 
 
 @functools.cache
-def plain_loop(depth):
+def plain_loop():
     """The parameters that Trainer.step makes, before each step and after the last, as numpy."""
-    trainer = Trainer(by_depth(depth)[0])
+    trainer = Trainer(deep()[0])
     state, trajectory = trainer.init(0), []
     for _ in range(STEPS + 1):
         trajectory.append({".".join(path): np.array(leaf[...], np.float64) for path, leaf in nnx.to_flat_state(state.params)})
@@ -109,9 +113,9 @@ def forward(config, params, inputs):
 
 
 def quarters(residual):
-    """The residual stream after each quarter of the depth, written out for depths 2 and 4."""
+    """The residual stream after each quarter of three blocks."""
     e, *r = residual
-    return r if len(r) == 4 else [(e + r[0]) / 2, r[0], (r[0] + r[1]) / 2, r[1]]
+    return [0.25 * e + 0.75 * r[0], 0.5 * r[0] + 0.5 * r[1], 0.75 * r[1] + 0.25 * r[2], r[2]]
 
 
 def activations(config, params):
@@ -123,46 +127,68 @@ def mean_abs(x):
     return float(np.abs(x).mean())
 
 
-@pytest.mark.parametrize("depth", [2, 4])
-def test_activations_are_those_of_a_forward_pass_by_hand(depth):
-    config, found = by_depth(depth)
+def test_activations_are_those_of_a_forward_pass_by_hand():
+    config, found = deep()
     for step in (1, STEPS):
-        expected = {kind: mean_abs(x) for kind, x in activations(config, plain_loop(depth)[step - 1]).items()}
+        expected = {kind: mean_abs(x) for kind, x in activations(config, plain_loop()[step - 1]).items()}
         assert table(found, ACTIVATION, step) == pytest.approx(expected, rel=2e-4)
 
 
-@pytest.mark.parametrize("depth", [2, 4])
-def test_change_is_from_the_first_step_and_not_from_the_one_before(depth):
-    config, found = by_depth(depth)
-    first = activations(config, plain_loop(depth)[0])
+def test_change_is_from_the_first_step_and_not_from_the_one_before():
+    config, found = deep()
+    first = activations(config, plain_loop()[0])
     assert set(table(found, CHANGE, 1).values()) == {0.0}
-    last = activations(config, plain_loop(depth)[STEPS - 1])
+    last = activations(config, plain_loop()[STEPS - 1])
     assert table(found, CHANGE, STEPS) == pytest.approx({kind: mean_abs(last[kind] - first[kind]) for kind in first}, rel=2e-3)
 
 
-@pytest.mark.parametrize("depth", [2, 4])
-def test_updates_are_those_of_trainer_step_in_a_plain_loop(depth):
+def test_updates_are_those_of_trainer_step_in_a_plain_loop():
     """All of the trajectory: the t-th update of every parameter, from the first to the one after the last activations."""
-    _, found = by_depth(depth)
+    _, found = deep()
     for step in range(1, STEPS + 1):
-        before, after = plain_loop(depth)[step - 1 : step + 1]
+        before, after = plain_loop()[step - 1 : step + 1]
         expected = {name: mean_abs(after[name] - before[name]) / LR for name in before}
         assert table(found, UPDATE, step) == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize(("name", "branch"), [("mup", 1.0), ("completep", 4**-0.5)])
-def test_adams_first_step_moves_every_entry_that_has_a_gradient_by_its_own_lr(name, branch):
+def test_adams_first_step_moves_every_entry_that_has_a_gradient_by_its_own_lr():
     """Adam's first direction is the gradient's sign, so the update over lr is the table's lr, times the share of entries in use."""
-    config = config_of(model__biases=True, optimizer__eps=1e-12)
-    config.model.depth, config.parametrization.name, config.parametrization.depth_exponent = 4, name, 0.5
+    config = config_of(model__biases=True, optimizer__eps=1e-12, parametrization__name="completep", parametrization__depth_exponent=0.5)
+    config.model.depth = 4
     config = check_config(config, "width", 32)
     config.parametrization.output_init = "normal"
     found = [c for c in measured(config, size=32, steps=1) if c.quantity == UPDATE]
     seen = len(np.unique(tokens()[:, :-1])) / VOCAB
+    branch = 4**-0.5  # depth^(α - 1)
     expected = {"embedding": seen, "output": 1.0, "hidden": branch / 2, "query": branch / 2, "vector": branch}
     assert {c.role for c in found} == set(expected)
     for c in found:
         assert c.value == pytest.approx(expected[c.role], rel=1e-3), c.kind
+
+
+class Shown(nnx.Module):
+    """A module of one's own that shows a residual stream: after block n, its embedding times 10^n."""
+
+    def __init__(self, config, parametrization, *, rngs):
+        make = Parameters(parametrization, rngs, width=config.width, depth=config.depth)
+        self.table = make.matrix("embedding", (config.vocab_size, config.width))
+        self.out = make.matrix("output", (config.width, config.vocab_size))
+        self.depth = config.depth
+
+    def __call__(self, tokens_BxL, tap=lambda kind, x: None):
+        x_BxLxD = self.table[...][tokens_BxL]
+        tap("embedding", x_BxLxD)
+        tap("residual", jnp.stack([x_BxLxD * 10.0**n for n in range(1, self.depth + 1)]))
+        return x_BxLxD @ self.out[...]
+
+
+@pytest.mark.parametrize(("depth", "multiples"), [(1, (3.25, 5.5, 7.75, 10)), (2, (5.5, 10, 55, 100)), (4, (10, 100, 1000, 10000))])
+def test_the_residual_stream_is_shown_after_each_quarter_of_the_depth(depth, multiples):
+    """Between blocks by interpolation; a depth that 4 divides by its blocks."""
+    config = check_config(config_of(), "depth", depth)
+    found = table(next(coordinates(config, "depth", depth, [0], 1, tokens(), Shown)), ACTIVATION, 1)
+    assert set(found) == {"embedding", "logits", *(f"residual {i}/4" for i in range(1, 5))}
+    assert [found[f"residual {i}/4"] / found["embedding"] for i in range(1, 5)] == pytest.approx(multiples, rel=1e-5)
 
 
 SEEDS = 3, 1

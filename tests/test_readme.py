@@ -48,6 +48,9 @@ def small(command):
     """The command with its training made short; benchmarks that take long with their smallest figures."""
     if "scaling-jax train" in command:
         return command + "".join(f" --config.{name}={value}" for name, value in SMALL.items())
+    if "scaling-jax coord-check" in command:
+        smaller = re.sub(r"--widths=\S+", "--widths=32,64,128", command)
+        return smaller + " --config.model.head_dim=8 --config.model.context=16 --batch_tokens=256 --steps=5"
     return command
 
 

@@ -116,10 +116,9 @@ def _observe(trainer: Trainer, state: TrainState, start: nnx.State, tokens_1xBxL
 def _activations(model: nnx.Module, tokens_BxL: Array) -> dict[str, Array]:
     """Every activation that the model shows; the residual stream after each quarter of the depth, between blocks by interpolation."""
     seen: dict[str, Array] = {}
-    if "tap" in inspect.signature(type(model).__call__).parameters:
-        model(tokens_BxL, tap=seen.__setitem__)
-    else:
-        seen["logits"] = model(tokens_BxL)
+    taps = "tap" in inspect.signature(type(model).__call__).parameters
+    logits = model(tokens_BxL, tap=seen.__setitem__) if taps else model(tokens_BxL)
+    seen.setdefault("logits", logits)
     if "residual" in seen:
         after_NxBxLxD = jnp.concatenate([seen["embedding"][None], seen.pop("residual")])  # 0, 1, … depth blocks
         for quarter in range(1, QUARTERS + 1):

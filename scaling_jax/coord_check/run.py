@@ -1,5 +1,6 @@
 """A coordinate check from its config to its coordinates on disk: checked before it starts, continued where it was stopped."""
 
+import hashlib
 import json
 import math
 import runpy
@@ -7,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from scaling_jax import config as config_lib
 from scaling_jax.console import LiveLine
-from scaling_jax.coord_check.measure import Coordinate, check_config, coordinates
+from scaling_jax.coord_check.measure import DECAY, Coordinate, check_config, coordinates
 from scaling_jax.coord_check.verdict import Expected
 from scaling_jax.data.corpus import open_run_data
 from scaling_jax.errors import UserError
@@ -72,6 +74,8 @@ def coord_check(config: ConfigDict, check: Check, out: str | Path, overwrite: bo
                 continue
             line.show(f"{axis} {size} · compiling")
             for seed, values in zip(todo, coordinates(sized, axis, size, todo, check.steps, tokens_BxL, model), strict=True):
+                if any(key[:2] == (axis, size) for key in done):  # the decay, which is no seed's, is there
+                    values = [c for c in values if c.quantity != DECAY]
                 _append(out, axis, size, seed, values)
                 found += values
                 line.show(f"{axis} {size} · seed {seed + 1}/{check.seeds}")
@@ -95,9 +99,12 @@ def load_model(spec: str) -> Callable[..., nnx.Module]:
 
 
 def _build(config: ConfigDict, model: Callable[..., nnx.Module], spec: str) -> None:
-    """Builds it once, abstractly, for its faults: a parameter without a role, above all."""
+    """Builds and calls it once, abstractly, for its faults: a parameter without a role, above all."""
+    shape = (2, config.model.context)
     try:
-        Trainer(config, model=model)
+        trainer = Trainer(config, model=model)
+        tokens_BxL = jax.ShapeDtypeStruct(shape, "int32")
+        logits = jax.eval_shape(lambda params, x: nnx.merge(trainer.graph, params)(x), trainer.abstract_state.params, tokens_BxL)
     except UserError as error:
         raise UserError(f"--model={spec}: {error}" if spec else str(error)) from None
     except Exception as error:
@@ -105,6 +112,9 @@ def _build(config: ConfigDict, model: Callable[..., nnx.Module], spec: str) -> N
             raise
         path = spec.partition(":")[0]
         raise UserError(f"--model={spec}{config_lib.line_in(path, error)}: {config_lib.reason(error)}") from error
+    if getattr(logits, "shape", None) != (*shape, config.model.vocab_size):
+        found = getattr(logits, "shape", type(logits).__name__)
+        raise UserError(f"--model={spec}: maps tokens {shape} to {found}; must be logits {(*shape, config.model.vocab_size)}")
 
 
 def _configs(config: ConfigDict, check: Check) -> dict[tuple[str, int], ConfigDict]:
@@ -139,21 +149,25 @@ def _configs(config: ConfigDict, check: Check) -> dict[tuple[str, int], ConfigDi
 
 
 def _width_faults(config: ConfigDict, check: Check) -> list[str]:
-    given, widths = config.model.head_dim, check.sizes.get("width", ())
+    unit = config.model.head_dim
+    what = f"config.model.head_dim, {unit}"
     if check.heads:
-        wrong = [width for width in widths if width % (2 * check.heads)]
-        what = f"multiples of {2 * check.heads}, twice --heads, so that head_dim is even"
-    else:
-        wrong = [width for width in widths if width % given]
-        what = f"multiples of config.model.head_dim, {given}"
-    return [f"--widths has {', '.join(map(str, wrong))}: must be {what}"] if wrong else []
+        unit = 2 * check.heads
+        what = f"{unit}, twice --heads, so that head_dim is even"
+    wrong = [str(width) for width in check.sizes.get("width", ()) if width % unit]
+    faults = [f"--widths has {', '.join(wrong)}: must be multiples of {what}"] if wrong else []
+    if check.heads and "depth" in check.sizes and config.model.width % unit:
+        faults.append(f"config.model.width is {config.model.width}: must be a multiple of {what}")
+    return faults
 
 
 def _conditions(config: ConfigDict, check: Check, sequences: int, data_fingerprint: str) -> dict[str, Any]:
     """All that makes two coordinates comparable: everything but the sizes and seeds."""
     identity = config_lib.identity(config)
-    own = ("train.", "batch.", "schedule.", "noise_scale.", "optimizer.lr", "optimizer.weight_decay", "parametrization.output_init")
+    own = ("train.tokens", "train.batch_tokens", "batch.", "schedule.", "noise_scale.", "eval.")
+    own += ("optimizer.lr", "optimizer.weight_decay", "parametrization.output_init")
     conditions = {name: value for name, value in identity.items() if not name.startswith(own)}
+    path = check.model.partition(":")[0]
     conditions |= {
         "data.fingerprint": data_fingerprint,
         "check.lr": check.lr or config.optimizer.lr,
@@ -161,6 +175,7 @@ def _conditions(config: ConfigDict, check: Check, sequences: int, data_fingerpri
         "check.steps": check.steps,
         "check.heads": check.heads,
         "check.model": check.model,
+        "check.model_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else "",
     }
     return json.loads(json.dumps(conditions))
 
@@ -171,20 +186,23 @@ def _claim(out: Path, conditions: dict[str, Any], overwrite: bool) -> dict[tuple
     try:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out={out}: is a file, must be a directory")
-        before = json.loads(path.read_text()) if path.exists() else None
-        if before not in (None, conditions) and not overwrite:
+        before = json.loads(path.read_text()) if path.exists() and not overwrite else None
+        if not isinstance(before, dict | None):
+            raise ValueError
+        if before not in (None, conditions):
             keys = sorted(key for key in {*before, *conditions} if before.get(key) != conditions.get(key))
             changed = ", ".join(f"{key} {before.get(key)!r} -> {conditions.get(key)!r}" for key in keys[:4])
             raise UserError(f"--out={out}: holds a check under other conditions ({changed}); give another directory, or --overwrite")
         out.mkdir(parents=True, exist_ok=True)
-        if before != conditions or overwrite:
+        if before is None:
             (out / COORDINATES_FILE).unlink(missing_ok=True)
             path.write_text(json.dumps(conditions, indent=1) + "\n")
         return dict(_read(out))
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--out={out}: {CONDITIONS_FILE} is damaged; give another directory, or --overwrite") from error
+    except (ValueError, KeyError, TypeError) as error:
+        files = f"{CONDITIONS_FILE} or {COORDINATES_FILE}"
+        raise UserError(f"--out={out}: {files} is damaged; give another directory, or --overwrite") from error
 
 
 def _read(out: Path) -> Iterator[tuple[tuple[str, int, int], list[Coordinate]]]:

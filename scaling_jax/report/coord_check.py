@@ -108,6 +108,8 @@ def coord_figure(coordinates: Sequence[Coordinate], rows: Sequence[Slope], path:
             axes.set_xticks(sizes, [str(size) for size in sizes])
             axes.minorticks_off()
             low, high = axes.get_ylim()
+            if not low > 0:  # no curve at all
+                low = high = 1.0
             centre = np.sqrt(low * high)
             axes.set_ylim(min(low, centre / 4), max(high, centre * 4))  # flat curves look flat
             axes.set_xlabel(axis)
@@ -116,7 +118,7 @@ def coord_figure(coordinates: Sequence[Coordinate], rows: Sequence[Slope], path:
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(1, last), colours)
         figure.colorbar(scale, ax=grid.tolist(), label="step", shrink=0.5, ticks=range(1, last + 1))
 
-    save_figure(path, (3.4 * _COLUMNS, 2.7 * -(-len(panels) // _COLUMNS)), draw)
+    save_figure(path, (2.8 * _COLUMNS, 2.3 * -(-len(panels) // _COLUMNS)), draw)
 
 
 def _wanted(row: Slope) -> str:
