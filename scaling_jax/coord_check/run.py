@@ -57,8 +57,10 @@ def coord_check(config: ConfigDict, check: Check, out: str | Path, overwrite: bo
     out = Path(out)
     configs = _configs(config, check)
     model = load_model(check.model) if check.model else Transformer
-    data = open_run_data(config, verify=config.data.verify)
     sequences = max(1, check.batch_tokens // config.model.context)
+    read = config.copy_and_resolve_references()
+    read.train.tokens = sequences * config.model.context  # of all that the run would read
+    data = open_run_data(read, verify=config.data.verify)
     tokens_BxL = data.train.batch(0, sequences)
     for (axis, size), sized in configs.items():
         if size == min(check.sizes[axis]):
