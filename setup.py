@@ -24,7 +24,7 @@ setup(
         "tokenizers>=0.22",
     ],
     extras_require={
-        "test": ["pytest>=8.4", "ruff>=0.15", "scipy>=1.15"],
+        "test": ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", "scipy>=1.15"],
         "tpu": ["jax[tpu]>=0.10.2"],
     },
     entry_points={"console_scripts": ["scaling-jax=scaling_jax.cli:main"]},

@@ -16,7 +16,7 @@ from pathlib import Path
 from scaling_jax import config as config_lib
 from scaling_jax.cli import use_compilation_cache
 from scaling_jax.console import LiveLine
-from scaling_jax.coord_check.measure import DECAY, Coordinate, check_config, coordinates
+from scaling_jax.coord_check.measure import PROBED, Coordinate, check_config, coordinates
 from scaling_jax.coord_check.verdict import Expected, passed, slopes, worst
 from scaling_jax.data.corpus import open_run_data
 from scaling_jax.model import Transformer
@@ -53,7 +53,7 @@ def calibrate(name: str, axis: str, sizes: tuple[int, ...], sets: int) -> None:
     everything = measured(demo(name), axis, sizes, seeds=sets * SEEDS)
     off, flagged = defaultdict(list), 0
     for first in range(0, sets * SEEDS, SEEDS):
-        rows = slopes([c for c in everything if first <= c.seed < first + SEEDS or c.quantity == DECAY], Expected())
+        rows = slopes([c for c in everything if first <= c.seed < first + SEEDS or c.quantity in PROBED], Expected())
         flagged += not passed(rows)
         for row in worst(rows):
             off[row.quantity, row.kind].append(row.slope - row.expected)

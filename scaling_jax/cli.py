@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"scaling-jax {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"scaling-jax {name}: interrupted", file=sys.stderr)
+        again = "; the same command continues" if name == "coord-check" else ""
+        print(f"scaling-jax {name}: interrupted{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -235,11 +236,21 @@ def _token_table(summary: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def _define_parametrization(values: flags.FlagValues) -> None:
+    _define_config(values)
+    _define_model(values)
+
+
+def _define_model(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("model", "", "FILE.py:NAME of a Flax module of your own, instead of the Transformer", flag_values=values)
+
+
 def _parametrization(values: flags.FlagValues) -> int:
     config = _config(values)
+    from scaling_jax.coord_check.own_model import load_model
     from scaling_jax.report.parametrization import parametrization_table
 
-    print(parametrization_table(config))
+    print(parametrization_table(config, load_model(values.model, config)))
     return 0
 
 
@@ -257,7 +268,7 @@ def _define_coord_check(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "heads", 0, "keep so many heads and let head_dim grow with width; 0 keeps config.model.head_dim", flag_values=values
     )
-    flags.DEFINE_string("model", "", "FILE.py:NAME of a Flax module to check instead of the Transformer", flag_values=values)
+    _define_model(values)
     flags.DEFINE_bool("overwrite", False, "delete the check that is in out, and start again", flag_values=values)
 
 
@@ -266,6 +277,8 @@ def _coord_check(values: flags.FlagValues) -> int:
     sizes = {axis: _sizes(f"{axis}s", text) for axis, text in (("width", values.widths), ("depth", values.depths)) if text}
     if not values.out:
         raise UserError("--out=DIR is missing: where the table, the figures and the verdict go")
+    if "://" in values.out:
+        raise UserError(f"--out={values.out}: must be a directory of a file system; mount the bucket")
     use_compilation_cache()
     from scaling_jax.coord_check.run import Check, coord_check, expected
     from scaling_jax.report.coord_check import report_check
@@ -330,7 +343,7 @@ VERBS: dict[str, Verb] = {
     "parametrization": Verb(
         "print init, lr, weight decay and multiplier of every parameter as a config applies them",
         "scaling-jax parametrization --config=configs/cpu_demo.py",
-        _define_config,
+        _define_parametrization,
         _parametrization,
     ),
     "coord-check": Verb(

@@ -137,7 +137,7 @@ def load(spec: str) -> ConfigDict:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever the file's own code raises
-        raise UserError(f"--config={path}{line_in(path, error)}: {reason(error)}") from error
+        raise UserError(f"--config={path}{line_in(path, error)}: {reason(error, fields=True)}") from error
     if type(config) is not ConfigDict:
         kind = type(config).__name__
         raise UserError(f"--config={path}: get_config() returned {kind}; must return a changed scaling_jax.config.default_config()")
@@ -152,10 +152,10 @@ def line_in(path: str, error: BaseException) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def reason(error: BaseException) -> str:
-    """In one line, what an error of somebody's Python file says."""
+def reason(error: BaseException, fields: bool = False) -> str:
+    """In one line, what an error of somebody's Python file says; with `fields` a missing attribute is a field of the config."""
     text = str(error)
-    unknown = re.match(r"""[\\'"]*(?:Key [\\'"]*)?(\w+)""", text) if isinstance(error, AttributeError | KeyError) else None
+    unknown = re.match(r"""[\\'"]*(?:Key [\\'"]*)?(\w+)""", text) if fields and isinstance(error, AttributeError | KeyError) else None
     if unknown:  # ConfigDict lists every other field at length
         return f"no such field: {unknown[1]}{nearest(unknown[1])}"
     wrong = re.search(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from scaling_jax.errors import UserError
 from scaling_jax.parametrization import Parametrization
 
 
@@ -33,9 +34,17 @@ class Parameters:
           axes: logical axes (`scaling_jax.mesh`), for sharding.
           base_fan_in: rows that the matrix has in the base model. By default the base width for a hidden, query or output matrix, whose
             fan-in is then the model's width, and its own rows for an embedding.
+
+        Raises:
+          UserError: the table has no such role, or at the base width base_fan_in is not the number of rows.
         """
         if base_fan_in is None:
             base_fan_in = shape[0] if role in ("embedding", "tied") else self.parametrization.base_width
+        if self.width == self.parametrization.base_width and shape[0] != base_fan_in:
+            raise UserError(
+                f"a {role} matrix {shape} at the base width has base_fan_in {base_fan_in}: must be its own rows, {shape[0]}; "
+                "give base_fan_in, the rows that it has in the base model"
+            )
         rule = self.parametrization.rule(role, fan_in=shape[0], base_fan_in=base_fan_in, width=self.width, depth=self.depth)
         value = rule.init_std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
         return nnx.Param(value, role=role, axes=axes, fan_in=shape[0], base_fan_in=base_fan_in, rule=rule)

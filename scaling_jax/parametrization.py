@@ -20,8 +20,10 @@ from scaling_jax.errors import UserError
 
 _LECUN = "variance 1/fan_in keeps a matrix's output as large as its input (LeCun et al. 1998)"
 _TP5 = "Tensor Programs V (arXiv 2203.03466), Table 8"
-_TP5_TIED = f"{_TP5}: embedding and readout in one; microsoft/mup, MuSharedReadout. Variance 1/base_width makes the first loss log V"
-_TP5_EPS = "epsilon in proportion to the gradient's entries, 1/width"
+_TP5_TIED = "constant variance and 1/width: microsoft/mup, MuSharedReadout. That it is 1/base_width is ours, for a first loss near log V"
+_MUREADOUT = f"{_TP5}, with microsoft/mup's constant variance, or 0 as recommended there"
+_ONE_OVER_D = "Tensor Programs V: q·k/head_dim, times what makes it 1/sqrt(head_dim) at base_head_dim (microsoft/mup)"
+_EPS = "epsilon as the gradient's entries, 1/width (CompleteP, eq. 40; nanoGPT-mup)"
 _COMPLETEP = "CompleteP (arXiv 2505.01618; epsilon: eq. 40); EleutherAI/nanoGPT-mup, branch completep"
 
 
@@ -109,11 +111,16 @@ _STANDARD = {
     "vector": Row("gains start at 1 and biases at 0; neither decays (nanoGPT)", decay=_none),
 }
 _MUP = {
-    "embedding": Row(f"{_TP5}; {_TP5_EPS}", eps=_over_n),
+    "embedding": Row(f"{_TP5}; {_EPS}", eps=_over_n),
     "tied": Row(_TP5_TIED, init=lambda s: s.base_width**-0.5, eps=_over_n, multiplier=_over_n),
-    "hidden": Row(f"{_TP5}; {_TP5_EPS}", init=_root_fan_in, lr=_over_m, decay=_m, eps=_over_n),
-    "output": Row(f"{_TP5}, with microsoft/mup's constant variance", init=_root_base_fan_in, eps=_over_n, multiplier=_over_m),
-    "vector": Row(f"{_TP5}; no decay (nanoGPT-mup)", decay=_none, eps=_over_n),
+    "hidden": Row(f"{_TP5}; {_EPS}", init=_root_fan_in, lr=_over_m, decay=_m, eps=_over_n),
+    "output": Row(
+        f"{_MUREADOUT}; {_EPS}",
+        init=_root_base_fan_in,
+        eps=_over_n,
+        multiplier=_over_m,
+    ),
+    "vector": Row(f"{_TP5}; no decay (nanoGPT-mup); {_EPS}", decay=_none, eps=_over_n),
 }
 _COMPLETE = {
     "hidden": Row(
@@ -132,16 +139,18 @@ _COMPLETE = {
 def _whole(rows: dict[str, Row], attention: Row) -> dict[str, Row]:
     """The rows with those that follow from others: queries are hidden, what acts outside the blocks knows no depth."""
     defaults = {
-        "query": rows["hidden"],
+        "query": rows["hidden"]._replace(source=rows["hidden"].source + "; or init 0 (Tensor Programs V; microsoft/mup)"),
         "final_vector": rows["vector"],
-        "residual_branch": Row("1"),
+        "residual_branch": Row("not scaled"),
         "attention_logits": attention,
     }
     return defaults | rows
 
 
 # Here fan_in is head_dim, and the multiplier is over 1/sqrt(head_dim).
-_TP5_ATTENTION = Row("Tensor Programs V: q·k/head_dim", multiplier=lambda s: s.m**-0.5)
+_TP5_ATTENTION = Row(
+    "Tensor Programs V: q·k/head_dim, times what makes it 1/sqrt(head_dim) at base_head_dim (microsoft/mup)", multiplier=lambda s: s.m**-0.5
+)
 
 TABLE: dict[str, dict[str, Row]] = {
     "standard": _whole(_STANDARD, Row("q·k/sqrt(head_dim) (Vaswani et al. 2017)")),

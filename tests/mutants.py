@@ -83,6 +83,18 @@ def bias_lr_scaled(p, role, rule, sizes):
     return rule._replace(lr=rule.lr / n(p, sizes)) if role == "vector" else rule
 
 
+def tied_logits_over_the_root(p, role, rule, sizes):
+    return rule._replace(multiplier=n(p, sizes) ** -0.5) if role == "tied" else rule
+
+
+def biases_decay(p, role, rule, sizes):
+    return rule._replace(weight_decay=n(p, sizes)) if role == "vector" else rule
+
+
+def between_the_scales(self, head_dim):
+    return (self.base_head_dim / head_dim) ** 0.75 * self.base_head_dim**-0.5
+
+
 def hidden_lr_over_depth(p, role, rule, sizes):
     return rule._replace(lr=rule.lr * p.base_depth / sizes["depth"]) if role in ("hidden", "query") else rule
 
@@ -96,7 +108,8 @@ class Mutant(NamedTuple):
     varied: str = "width"
 
 
-# Where Adam's epsilon matters: at or above the gradients' entries, whose mean size is about 1e-3 at the sizes of a test.
+# Epsilon matters in training where it is at or above the gradients' entries, about 1e-3 at the sizes of a test. It is caught at any
+# value, by the step of a gradient far below it.
 LARGE_EPS = {"optimizer__eps": 3e-3}
 TIED, BIASED = {"model__tied_embeddings": True}, {"model__biases": True}
 COMPLETEP = {"parametrization__name": "completep"}
@@ -112,7 +125,11 @@ MUTANTS = {
     "tied embedding like hidden": Mutant(mutant(tied_like_hidden), TIED),
     "tied embedding grows": Mutant(mutant(tied_grows), TIED),
     "weight decay not compensated": Mutant(mutant(decay_not_compensated)),
-    "epsilon not scaled": Mutant(mutant(eps_not_scaled), LARGE_EPS),
+    "epsilon not scaled": Mutant(mutant(eps_not_scaled)),
+    "epsilon not scaled, and large": Mutant(mutant(eps_not_scaled), LARGE_EPS),
+    "tied logits over the root of the width": Mutant(mutant(tied_logits_over_the_root), TIED),
+    "biases decay": Mutant(mutant(biases_decay), BIASED),
+    "head_dim^-3/4 attention": Mutant(mutant(attention_scale=between_the_scales), varied="heads"),
     "hidden bias lr scaled": Mutant(mutant(bias_lr_scaled), BIASED),
     "residual branch unscaled": Mutant(mutant(residual_multiplier=lambda self, depth: 1.0), COMPLETEP, "depth"),
     "hidden lr over depth": Mutant(mutant(hidden_lr_over_depth), COMPLETEP, "depth"),

@@ -75,9 +75,14 @@ def test_mup_passes_and_leaves_table_figure_and_verdict(checked):
     matrices = {f"blocks.{name}" for name in ("query", "key", "value", "attention_out", "mlp_in", "mlp_out")} | {"embedding", "unembedding"}
     assert {kind for quantity, kind in judged if quantity == "update"} == matrices
     assert {kind for quantity, kind in judged if quantity == "decay"} == matrices
-    activations = {"embedding", "q", "k", "v", "attention logits", "attention output", "MLP hidden", "MLP output"}
+    assert {kind for quantity, kind in judged if quantity == "epsilon"} == matrices
+    activations = {"embedding", "q", "k", "v", "attention logits", "attention scale", "attention output", "MLP hidden", "MLP output"}
     assert {kind for quantity, kind in judged if quantity == "activation"} == activations
-    assert {kind for quantity, kind in judged if quantity == "change"} == {"logits", *(f"residual {i}/4" for i in range(1, 5))}
+    assert {kind for quantity, kind in judged if quantity == "change"} == {
+        "logits",
+        "target logit",
+        *(f"residual {i}/4" for i in range(1, 5)),
+    }
 
 
 def test_the_same_command_measures_nothing_twice_and_says_the_same(config_file, checked, capsys, monkeypatch):
@@ -86,7 +91,8 @@ def test_the_same_command_measures_nothing_twice_and_says_the_same(config_file, 
     capsys.readouterr()
     assert main(["coord-check", f"--config={config_file}", f"--out={checked}", *RUN]) == 0
     out, err = capsys.readouterr()
-    assert "width   pass" in out.splitlines() and str(checked / "coord_check_width.png") in out and err == ""
+    assert "width   pass" in out.splitlines() and str(checked / "coord_check_width.png") in out
+    assert "has 3 of 3 measurements" in err and "--overwrite" in err
     assert {name: (checked / name).read_bytes() for name in before} == before
 
 

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from helpers import small_config
 
-from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, QUARTERS, UPDATE, check_config, coordinates
+from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, EPSILON, QUARTERS, UPDATE, check_config, coordinates
+from scaling_jax.coord_check.measure import activations as shown
 from scaling_jax.parameters import Parameters
 from scaling_jax.train.step import Trainer
 
@@ -131,6 +132,7 @@ def test_activations_are_those_of_a_forward_pass_by_hand():
     config, found = deep()
     for step in (1, STEPS):
         expected = {kind: mean_abs(x) for kind, x in activations(config, plain_loop()[step - 1]).items()}
+        expected["attention scale"] = config.parametrization.base_head_dim**0.5 / config.model.head_dim
         assert table(found, ACTIVATION, step) == pytest.approx(expected, rel=2e-4)
 
 
@@ -139,7 +141,11 @@ def test_change_is_from_the_first_step_and_not_from_the_one_before():
     first = activations(config, plain_loop()[0])
     assert set(table(found, CHANGE, 1).values()) == {0.0}
     last = activations(config, plain_loop()[STEPS - 1])
-    assert table(found, CHANGE, STEPS) == pytest.approx({kind: mean_abs(last[kind] - first[kind]) for kind in first}, rel=2e-3)
+    expected = {kind: mean_abs(last[kind] - first[kind]) for kind in first}
+    change = last["logits"] - first["logits"]
+    expected["target logit"] = np.take_along_axis(change, tokens()[:, 1:, None], axis=2).mean() - change.mean()
+    assert expected["target logit"] > 0  # it learns
+    assert table(found, CHANGE, STEPS) == pytest.approx(expected, rel=2e-3)
 
 
 def test_updates_are_those_of_trainer_step_in_a_plain_loop():
@@ -252,9 +258,36 @@ def test_decay_is_what_adamw_takes_off(name, mode, weight_decay, expected):
     config = config_of(model__width=32, model__biases=True, optimizer__decay_mode=mode, optimizer__weight_decay=weight_decay)
     config.parametrization.name, config.parametrization.depth_exponent = name, 0.5
     found = next(coordinates(check_config(config, "depth", 4), "depth", 4, (0,), 0, tokens()))
-    assert {c.quantity for c in found} == {DECAY} and {c.role for c in found} == set(expected)
-    for c in found:
+    assert {c.quantity for c in found} == {DECAY, EPSILON} and {c.role for c in found} == set(expected)
+    for c in (c for c in found if c.quantity == DECAY):
         assert c.value == pytest.approx(expected[c.role], rel=1e-5), c.kind
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # far below epsilon Adam's step is lr·gradient/epsilon; at width 32 and depth 4, twice and four times the base, α = 1/2
+        ("standard", {"embedding": 1, "hidden": 1, "query": 1, "output": 1, "vector": 1}),
+        ("mup", {"embedding": 2, "hidden": 1, "query": 1, "output": 2, "vector": 2}),
+        ("completep", {"embedding": 2, "hidden": 1, "query": 1, "output": 2, "vector": 2}),
+    ],
+)
+def test_epsilon_is_what_adam_divides_a_tiny_gradient_by(name, expected):
+    config = config_of(model__width=32, model__biases=True)
+    config.parametrization.name, config.parametrization.depth_exponent = name, 0.5
+    found = [c for c in next(coordinates(check_config(config, "depth", 4), "depth", 4, (0,), 0, tokens())) if c.quantity == EPSILON]
+    assert {c.role for c in found} == set(expected)
+    for c in found:
+        assert c.value == pytest.approx(expected[c.role], rel=1e-3), c.kind
+
+
+def test_an_activation_that_is_shown_twice_is_refused():
+    class Twice(nnx.Module):
+        def __call__(self, tokens_BxL, tap):
+            tap("hidden", tokens_BxL)
+            tap("hidden", tokens_BxL)
+
+    with pytest.raises(ValueError, match="'hidden' twice"):
+        shown(Twice(), tokens())
 
 
 def test_the_conditions_of_a_check():

@@ -11,7 +11,7 @@ import pytest
 from helpers import small_config
 
 from scaling_jax.coord_check import run
-from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, UPDATE, Coordinate
+from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, EPSILON, PROBED, UPDATE, Coordinate
 from scaling_jax.coord_check.run import COORDINATES_FILE, Check, coord_check, expected
 from scaling_jax.coord_check.verdict import Expected, passed, slopes, worst
 from scaling_jax.data.corpus import open_run_data
@@ -187,10 +187,15 @@ def test_a_module_of_ones_own_is_measured_by_its_logits_and_parameters(undisturb
     assert {(c.quantity, c.kind, c.role) for c in found} == {
         (ACTIVATION, "logits", ""),
         (CHANGE, "logits", ""),
-        *((quantity, *of) for quantity in (UPDATE, DECAY) for of in (("table", "embedding"), ("inner", "hidden"), ("out", "output"))),
+        (CHANGE, "target logit", ""),
+        *(
+            (quantity, *of)
+            for quantity in (UPDATE, DECAY, EPSILON)
+            for of in (("table", "embedding"), ("inner", "hidden"), ("out", "output"))
+        ),
     }
-    assert {(c.size, c.seed) for c in found if c.quantity != DECAY} == {(width, seed) for width in WIDTHS for seed in (0, 1)}
-    assert len(found) == 3 * (3 + 2 * 3 * 5)
+    assert {(c.size, c.seed) for c in found if c.quantity not in PROBED} == {(width, seed) for width in WIDTHS for seed in (0, 1)}
+    assert len(found) == 3 * (6 + 2 * 3 * 6)
 
 
 def test_a_module_of_ones_own_passes_only_if_it_keeps_to_the_rules(tmp_path, module, undisturbed):
@@ -198,7 +203,7 @@ def test_a_module_of_ones_own_passes_only_if_it_keeps_to_the_rules(tmp_path, mod
     assert passed(rows), [row for row in worst(rows) if not row.ok]
     check = check_of(module, "NoMultiplier")
     rows = slopes(coord_check(config_of(), check, tmp_path), expected(config_of(), check))
-    assert {(row.quantity, row.kind) for row in worst(rows) if not row.ok} == {(CHANGE, "logits")}
+    assert {(row.quantity, row.kind) for row in worst(rows) if not row.ok} == {(CHANGE, "logits"), (CHANGE, "target logit")}
 
 
 def test_a_parameter_without_a_role_is_named(tmp_path, module):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, UPDATE, Coordinate
+from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, EPSILON, UPDATE, Coordinate
 from scaling_jax.coord_check.verdict import TOLERANCE, Expected, passed, slopes, widest_ratio, worst
 
 SIZES, STEPS = (16, 32, 64, 128), 4
@@ -93,8 +93,13 @@ UPDATES = {
     "depth": {"hidden": -0.3, "query": -0.3, "vector": -0.3, "embedding": 0, "tied": 0, "output": 0, "final_vector": 0},
 }
 DECAYS = {
-    "width": {"hidden": 0, "query": 0, "embedding": 0, "tied": 0, "output": 0, "vector": None, "final_vector": None},
-    "depth": {"hidden": -0.3, "query": -0.3, "embedding": 0, "tied": 0, "output": 0, "vector": None, "final_vector": None},
+    "width": {"hidden": 0, "query": 0, "embedding": 0, "tied": 0, "output": 0, "vector": 0, "final_vector": 0},
+    "depth": {"hidden": -0.3, "query": -0.3, "embedding": 0, "tied": 0, "output": 0, "vector": -0.3, "final_vector": 0},
+}
+# A step far below epsilon goes as lr over epsilon: 1/width for all, and depth^-α within a branch, at α = 0.7.
+EPSILONS = {
+    "width": {"hidden": 0, "query": 0, "embedding": 1, "tied": 1, "output": 1, "vector": 1, "final_vector": 1},
+    "depth": {"hidden": 0.4, "query": 0.4, "vector": 0.4, "embedding": 0, "tied": 0, "output": 0, "final_vector": 0},
 }
 COUPLED_DECAYS = {"width": DECAYS["width"] | {"hidden": -1, "query": -1}, "depth": DECAYS["depth"]}
 
@@ -109,10 +114,11 @@ def test_exponents_of_updates_and_decay(axis, role):
         (UPDATE, coupled, UPDATES),
         (DECAY, independent, DECAYS),
         (DECAY, coupled, COUPLED_DECAYS),
+        (EPSILON, independent, EPSILONS),
+        (EPSILON, coupled, EPSILONS),
     ):
         right = exponents[axis][role]
-        found = expected.exponent(axis, quantity, "blocks.key", role)
-        assert (found is None) == (right is None) and (right is None or found == pytest.approx(right))
+        assert expected.exponent(axis, quantity, "blocks.key", role) == pytest.approx(right)
 
 
 @pytest.mark.parametrize("role", IN_BRANCH + OUTSIDE)
@@ -136,6 +142,7 @@ def test_the_tolerance_is_where_it_says(axis, quantity):
         CHANGE: ("logits", "", [2]),
         UPDATE: ("unembedding", "output", [2]),
         DECAY: ("unembedding", "output", [0]),
+        EPSILON: ("blocks.key", "hidden" if axis == "width" else "output", [0]),
     }[quantity]
     for sign in (-1, 1):
         for factor, right in ((0.9, True), (1.1, False)):
@@ -143,18 +150,27 @@ def test_the_tolerance_is_where_it_says(axis, quantity):
             assert row.ok is right and row.off == pytest.approx(factor, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("expected", "kind", "quantity"),
-    [(Expected(tied_embeddings=True), "logits", CHANGE), (Expected(growing_heads=True), "attention logits", ACTIVATION)],
-)
-def test_logits_that_are_partly_random_may_lie_between_the_two_laws(expected, kind, quantity):
-    for exponent, right in ((-0.7, False), (-0.5, True), (-0.3, True), (0.0, True), (0.1, True), (0.2, False)):
-        (row,) = judge(planted(exponent, quantity, kind, steps=[2]), expected)
-        assert row.ok is right, exponent
-        (row,) = judge(planted(exponent, quantity, kind, axis="depth", steps=[2]), expected)
-        assert row.ok is (abs(exponent) < 0.25), exponent
-    (row,) = judge(planted(-0.5, quantity, kind, steps=[2]))
-    assert row.ok is False  # where nothing is random they must not shrink
+def test_random_logits_of_a_tied_embedding_are_left_to_the_targets():
+    """Only in width, where they shrink as 1/sqrt(width) while they are random."""
+    tied = Expected(tied_embeddings=True)
+    for axis, kind, ok in (("width", "logits", None), ("depth", "logits", False), ("width", "target logit", False)):
+        (row,) = judge(planted(-0.5, CHANGE, kind, axis=axis, steps=[2]), tied)
+        assert row.ok is ok
+        (row,) = judge(planted(-0.5, CHANGE, kind, axis=axis, steps=[2]))
+        assert row.ok is False
+
+
+def test_with_growing_heads_the_attention_scale_is_1_over_head_dim_to_a_hundredth():
+    growing = Expected(growing_heads=True)
+    for exponent in (-1.0, -0.75, -0.5, 0.0):
+        (row,) = judge(planted(exponent, kind="attention scale", steps=[2]), growing)
+        assert row.ok is (exponent == -1)
+        (row,) = judge(planted(exponent, kind="attention scale", steps=[2]))
+        assert row.ok is (exponent == 0)  # head_dim is the same at every width
+        (row,) = judge(planted(exponent, kind="attention scale", axis="depth", steps=[2]), growing)
+        assert row.ok is (exponent == 0)
+    (row,) = judge(planted(-0.5, kind="attention logits", steps=[2]), growing)
+    assert row.ok is None
 
 
 def test_the_first_step_is_not_judged_and_decay_is():
@@ -164,8 +180,12 @@ def test_the_first_step_is_not_judged_and_decay_is():
     assert [row.ok for row in judge(decay(2.0, "output"))] == [False]
 
 
-def test_decay_of_vectors_is_not_judged():
-    assert [row.ok for row in judge(changed(decay(0.0, "vector"), 0.0))] == [None]
+def test_gains_and_biases_must_not_decay_at_all():
+    for role in ("vector", "final_vector"):
+        (row,) = judge(changed(decay(0.0, role), 0.0))
+        assert row.ok is True and row.off == 0
+        (row,) = judge(decay(0.0, role))
+        assert row.ok is False
 
 
 # What is not a positive number

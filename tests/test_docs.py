@@ -35,13 +35,12 @@ def test_forgetting_a_multiplier_in_it_fails_the_check(tmp_path):
 
 
 def test_the_tolerances_are_those_of_the_code():
-    from scaling_jax.coord_check.verdict import BETWEEN, TOLERANCE
+    from scaling_jax.coord_check.verdict import EXACT, TOLERANCE
 
     stated = re.search(
-        r"\*\*Tolerances\*\*: ([\d.]+) for activations, ([\d.]+) for updates, ([\d.]+) for decay; −([\d.]+) to \+([\d.]+)", TEXT
+        r"\*\*Tolerances\*\*: ([\d.]+) for activations, ([\d.]+) for updates, ([\d.]+) for epsilon, ([\d.]+) for decay and", TEXT
     )
     numbers = [float(number) for number in stated.groups()]
     for axis in ("width", "depth"):
-        found = [TOLERANCE[axis, quantity] for quantity in ("activation", "update", "decay")]
-        assert found == numbers[:3] and TOLERANCE[axis, "change"] == numbers[0]
-    assert numbers[3:] == [0.5 + BETWEEN, BETWEEN]
+        assert [TOLERANCE[axis, quantity] for quantity in ("activation", "update", "epsilon", "decay")] == numbers
+        assert TOLERANCE[axis, "change"] == numbers[0] and numbers[3] == EXACT

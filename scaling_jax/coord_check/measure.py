@@ -21,16 +21,21 @@ from scaling_jax import optimizer
 from scaling_jax.model import Transformer
 from scaling_jax.train.step import Trainer, TrainState
 
-ACTIVATION, CHANGE, UPDATE, DECAY = "activation", "change", "update", "decay"
+ACTIVATION, CHANGE, UPDATE, DECAY, EPSILON = "activation", "change", "update", "decay", "epsilon"
+PROBED = (DECAY, EPSILON)  # of the optimizer alone: exact, and of no seed
 QUARTERS = 4
 
 
 class Coordinate(NamedTuple):
     """One measured number.
 
-    `quantity` is `activation` (mean |x|), `change` (mean |x - x at step 1|), `update` (mean |ΔW| over lr) or `decay` (shrinkage of the
-    parameter in one step, over lr·weight_decay; at step 0, of no seed). `kind` is the activation's or the parameter's name, `role` the
-    parameter's ('' for activations). Steps count from 1: what step t shows has seen t - 1 updates, and ΔW is the t-th.
+    `quantity` is `activation` (mean |x|), `change` (mean |x - x at step 1|), `update` (mean |ΔW| over lr), `decay` (shrinkage of the
+    parameter in one step, over lr·weight_decay) or `epsilon` (first step of a gradient far below epsilon, over lr·gradient/epsilon);
+    the last two at step 0, of no seed. `kind` is the activation's or the parameter's name, `role` the parameter's ('' for activations).
+    Steps count from 1: what step t shows has seen t - 1 updates, and ΔW is the t-th.
+
+    Two kinds are made here: `attention scale` is mean |attention logits| over mean |q·k|, and `target logit` the mean, with its sign, of
+    the change of the right token's logit over all logits' mean: what is random in logits averages out of it.
     """
 
     axis: str  # width or depth
@@ -74,7 +79,7 @@ def coordinates(
     tokens_BxL: np.ndarray,
     model: Callable[..., nnx.Module] = Transformer,
 ) -> Iterator[list[Coordinate]]:
-    """Measures one size: yields the coordinates of one seed at a time, with the first those of the weight decay.
+    """Measures one size: yields the coordinates of one seed at a time, with the first those of the optimizer alone.
 
     Args:
       config: as `check_config` made it.
@@ -85,7 +90,7 @@ def coordinates(
       model: as `Trainer` takes it. Activations are shown by a `tap` argument of its call, if it has one.
     """
     trainer = Trainer(config, model=model)
-    found = [Coordinate(axis, size, 0, 0, DECAY, *of, value) for of, value in _decay(trainer).items()]
+    found = [Coordinate(axis, size, 0, 0, *of, float(value)) for of, value in _optimizer(trainer).items()]
     observe = jax.jit(partial(_observe, trainer), donate_argnums=0)
     tokens_1xBxL = jnp.asarray(tokens_BxL)[None]
     for seed in seeds:
@@ -101,25 +106,42 @@ def coordinates(
 def _observe(trainer: Trainer, state: TrainState, start: nnx.State, tokens_1xBxL: Array) -> tuple[TrainState, dict]:
     """One step, and {(quantity, kind, role): value}."""
     after, _ = trainer.pure_step(state, tokens_1xBxL, measure=False)
-    inputs_BxL = tokens_1xBxL[0, :, :-1]
-    now, before = (_activations(nnx.merge(trainer.graph, params), inputs_BxL) for params in (state.params, start))
+    inputs_BxL, targets_BxL = tokens_1xBxL[0, :, :-1], tokens_1xBxL[0, :, 1:]
+    now, before = (activations(nnx.merge(trainer.graph, params), inputs_BxL) for params in (state.params, start))
     values = {}
     for kind, x in now.items():
         values[ACTIVATION, kind, ""] = _mean_abs(x)
-        values[CHANGE, kind, ""] = _mean_abs(x - before[kind])
+        values[CHANGE, kind, ""] = _mean_abs(x.astype(jnp.float32) - before[kind].astype(jnp.float32))
+    change_BxLxV = now["logits"] - before["logits"]
+    values[CHANGE, "target logit", ""] = jnp.mean(jnp.take_along_axis(change_BxLxV, targets_BxL[..., None], axis=2)) - jnp.mean(
+        change_BxLxV
+    )
+    if {"q", "k", "attention logits"} <= now.keys():
+        products = _mean_abs(jnp.tril(jnp.einsum("nbhlk,nbhmk->nbhlm", now["q"], now["k"])))
+        values[ACTIVATION, "attention scale", ""] = jnp.where(products > 0, values[ACTIVATION, "attention logits", ""] / products, 0.0)
     change = jax.tree.map(jnp.subtract, after.params, state.params)
     for of, dw in _by_parameter(change).items():
         values[UPDATE, *of] = _mean_abs(dw) / trainer.config.optimizer.lr
     return after, values
 
 
-def _activations(model: nnx.Module, tokens_BxL: Array) -> dict[str, Array]:
-    """Every activation that the model shows; the residual stream after each quarter of the depth, between blocks by interpolation."""
+def activations(model: nnx.Module, tokens_BxL: Array) -> dict[str, Array]:
+    """Every activation that the model shows to its `tap`, and the logits.
+
+    `residual`, if it is [depth, *shape of `embedding`], becomes the stream after each quarter of the depth, between blocks by
+    interpolation. ValueError for a kind that is shown twice.
+    """
     seen: dict[str, Array] = {}
-    taps = "tap" in inspect.signature(type(model).__call__).parameters
-    logits = model(tokens_BxL, tap=seen.__setitem__) if taps else model(tokens_BxL)
+
+    def tap(kind: str, activation: Array) -> None:
+        if kind in seen:
+            raise ValueError(f"tap shows {kind!r} twice: give each its own name, or stack them")
+        seen[kind] = activation
+
+    takes_tap = "tap" in inspect.signature(type(model).__call__).parameters
+    logits = model(tokens_BxL, tap=tap) if takes_tap else model(tokens_BxL)
     seen.setdefault("logits", logits)
-    if "residual" in seen:
+    if "residual" in seen and "embedding" in seen and seen["residual"].shape[1:] == seen["embedding"].shape:
         after_NxBxLxD = jnp.concatenate([seen["embedding"][None], seen.pop("residual")])  # 0, 1, … depth blocks
         for quarter in range(1, QUARTERS + 1):
             blocks = quarter * (len(after_NxBxLxD) - 1) / QUARTERS
@@ -129,19 +151,26 @@ def _activations(model: nnx.Module, tokens_BxL: Array) -> dict[str, Array]:
     return seen
 
 
-def _decay(trainer: Trainer) -> dict[tuple[str, str], float]:
-    """What one step without gradient takes off a parameter that is 1, over lr·weight_decay."""
+def _optimizer(trainer: Trainer) -> dict[tuple[str, str, str], Array]:
+    """What AdamW does to parameters that are 1: in a step without gradient, and in one whose gradient is far below epsilon."""
     config = trainer.config.copy_and_resolve_references()
-    config.optimizer.weight_decay = 1.0
-    chain = optimizer.adamw(config)
+    lr, eps = config.optimizer.lr, config.optimizer.eps
+    tiny = 1e-5 * eps
 
-    def shrinkage() -> dict[tuple[str, str], Array]:
+    def first_step(weight_decay: float, gradient: float) -> dict[tuple[str, str], Array]:
+        config.optimizer.weight_decay = weight_decay
+        chain = optimizer.adamw(config)
         ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), trainer.abstract_state.params)
-        zeros = jax.tree.map(jnp.zeros_like, ones)
-        updates, _ = chain.update(zeros, chain.init(ones), ones, lr_fraction=jnp.float32(1))
-        return {of: -jnp.mean(u) / config.optimizer.lr for of, u in _by_parameter(updates).items()}
+        updates, _ = chain.update(jax.tree.map(lambda x: gradient * x, ones), chain.init(ones), ones, lr_fraction=jnp.float32(1))
+        return {of: -jnp.mean(u) / lr for of, u in _by_parameter(updates).items()}
 
-    return {of: float(value) for of, value in jax.jit(shrinkage)().items()}
+    def probe() -> dict[tuple[str, str, str], Array]:
+        found = {(DECAY, *of): value for of, value in first_step(1.0, 0.0).items()}
+        if tiny > 1e-15:  # whose square float32 still holds
+            found |= {(EPSILON, *of): value * eps / tiny for of, value in first_step(0.0, tiny).items()}
+        return found
+
+    return jax.jit(probe)()
 
 
 def _by_parameter(tree: nnx.State) -> dict[tuple[str, str], Array]:

@@ -3,26 +3,27 @@
 import hashlib
 import json
 import math
-import runpy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-from flax import nnx
 from ml_collections import ConfigDict
 
+import scaling_jax
 from scaling_jax import config as config_lib
 from scaling_jax.console import LiveLine
-from scaling_jax.coord_check.measure import DECAY, Coordinate, check_config, coordinates
+from scaling_jax.coord_check.measure import PROBED, Coordinate, check_config, coordinates
+from scaling_jax.coord_check.own_model import load_model
 from scaling_jax.coord_check.verdict import Expected
 from scaling_jax.data.corpus import open_run_data
 from scaling_jax.errors import UserError
-from scaling_jax.model import Transformer
-from scaling_jax.train.step import Trainer
 
 LEAST_STEPS = 3  # behind zero queries and a zero readout, keys move at the third
-CONDITIONS_FILE, COORDINATES_FILE = "conditions.json", "coordinates.jsonl"
+CONDITIONS_FILE, COORDINATES_FILE, SLOPES_FILE, VERDICT_FILE = "conditions.json", "coordinates.jsonl", "slopes.csv", "verdict.json"
+
+
+def figure_file(axis: str) -> str:
+    return f"coord_check_{axis}.png"
 
 
 class Check(NamedTuple):
@@ -56,19 +57,19 @@ def coord_check(config: ConfigDict, check: Check, out: str | Path, overwrite: bo
     """
     out = Path(out)
     configs = _configs(config, check)
-    model = load_model(check.model) if check.model else Transformer
+    model = load_model(check.model, *configs.values())
     sequences = max(1, check.batch_tokens // config.model.context)
     read = config.copy_and_resolve_references()
     read.train.tokens = sequences * config.model.context  # of all that the run would read
     data = open_run_data(read, verify=config.data.verify)
     tokens_BxL = data.train.batch(0, sequences)
-    for (axis, size), sized in configs.items():
-        if size == min(check.sizes[axis]):
-            _build(sized, model, check.model)
     conditions = _conditions(config, check, sequences, data.fingerprint)
     done = _claim(out, conditions, overwrite)
-    found = [c for key, values in done.items() if key[:2] in configs and key[2] < check.seeds for c in values]
+    wanted = {(*key, seed) for key in configs for seed in range(check.seeds)}
+    found = [c for key, values in done.items() if key in wanted for c in values]
     line = LiveLine(seconds=10, at_once=False)
+    if kept := wanted & done.keys():
+        line.say(f"{out}: has {len(kept)} of {len(wanted)} measurements; --overwrite takes them again")
     try:
         for (axis, size), sized in configs.items():
             todo = [seed for seed in range(check.seeds) if (axis, size, seed) not in done]
@@ -76,47 +77,14 @@ def coord_check(config: ConfigDict, check: Check, out: str | Path, overwrite: bo
                 continue
             line.show(f"{axis} {size} · compiling")
             for seed, values in zip(todo, coordinates(sized, axis, size, todo, check.steps, tokens_BxL, model), strict=True):
-                if any(key[:2] == (axis, size) for key in done):  # the decay, which is no seed's, is there
-                    values = [c for c in values if c.quantity != DECAY]
+                if any(key[:2] == (axis, size) for key in done):  # the optimizer's own, which are no seed's, are there
+                    values = [c for c in values if c.quantity not in PROBED]
                 _append(out, axis, size, seed, values)
                 found += values
                 line.show(f"{axis} {size} · seed {seed + 1}/{check.seeds}")
     finally:
         line.end()
     return found
-
-
-def load_model(spec: str) -> Callable[..., nnx.Module]:
-    """NAME of 'FILE.py:NAME'; UserError where there is none, or its code fails."""
-    path, _, name = spec.partition(":")
-    if not Path(path).is_file() or not name:
-        raise UserError(f"--model={spec}: must be FILE.py:NAME, NAME a module class or function in that file")
-    try:
-        found = runpy.run_path(path, run_name="scaling_jax_model").get(name)
-    except (Exception, SystemExit) as error:  # whatever the file's own code raises
-        raise UserError(f"--model={spec}{config_lib.line_in(path, error)}: {config_lib.reason(error)}") from error
-    if not callable(found):
-        raise UserError(f"--model={spec}: {path} has no class or function {name}")
-    return found
-
-
-def _build(config: ConfigDict, model: Callable[..., nnx.Module], spec: str) -> None:
-    """Builds and calls it once, abstractly, for its faults: a parameter without a role, above all."""
-    shape = (2, config.model.context)
-    try:
-        trainer = Trainer(config, model=model)
-        tokens_BxL = jax.ShapeDtypeStruct(shape, "int32")
-        logits = jax.eval_shape(lambda params, x: nnx.merge(trainer.graph, params)(x), trainer.abstract_state.params, tokens_BxL)
-    except UserError as error:
-        raise UserError(f"--model={spec}: {error}" if spec else str(error)) from None
-    except Exception as error:
-        if not spec:
-            raise
-        path = spec.partition(":")[0]
-        raise UserError(f"--model={spec}{config_lib.line_in(path, error)}: {config_lib.reason(error)}") from error
-    if getattr(logits, "shape", None) != (*shape, config.model.vocab_size):
-        found = getattr(logits, "shape", type(logits).__name__)
-        raise UserError(f"--model={spec}: maps tokens {shape} to {found}; must be logits {(*shape, config.model.vocab_size)}")
 
 
 def _configs(config: ConfigDict, check: Check) -> dict[tuple[str, int], ConfigDict]:
@@ -177,9 +145,14 @@ def _conditions(config: ConfigDict, check: Check, sequences: int, data_fingerpri
         "check.steps": check.steps,
         "check.heads": check.heads,
         "check.model": check.model,
-        "check.model_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else "",
+        "check.model_sha256": _sha256([Path(path)]) if path else "",
+        "scaling_jax.sha256": _sha256(sorted(Path(scaling_jax.__file__).parent.rglob("*.py"))),  # an old verdict is none on new code
     }
     return json.loads(json.dumps(conditions))
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _claim(out: Path, conditions: dict[str, Any], overwrite: bool) -> dict[tuple[str, int, int], list[Coordinate]]:
@@ -196,6 +169,8 @@ def _claim(out: Path, conditions: dict[str, Any], overwrite: bool) -> dict[tuple
             changed = ", ".join(f"{key} {before.get(key)!r} -> {conditions.get(key)!r}" for key in keys[:4])
             raise UserError(f"--out={out}: holds a check under other conditions ({changed}); give another directory, or --overwrite")
         out.mkdir(parents=True, exist_ok=True)
+        for result in (VERDICT_FILE, SLOPES_FILE, *(figure_file(axis) for axis in ("width", "depth"))):
+            (out / result).unlink(missing_ok=True)  # of what was there before; made again at the end
         if before is None:
             (out / COORDINATES_FILE).unlink(missing_ok=True)
             path.write_text(json.dumps(conditions, indent=1) + "\n")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, UPDATE, Coordinate
+from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, EPSILON, PROBED, UPDATE, Coordinate
 from scaling_jax.laws.fit import power_law
 
 TOLERANCE = {
@@ -22,25 +22,24 @@ TOLERANCE = {
     ("width", CHANGE): 0.25,
     ("width", UPDATE): 0.15,
     ("width", DECAY): 0.01,
+    ("width", EPSILON): 0.05,
     ("depth", ACTIVATION): 0.25,
     ("depth", CHANGE): 0.25,
     ("depth", UPDATE): 0.15,
     ("depth", DECAY): 0.01,
+    ("depth", EPSILON): 0.05,
 }
+EXACT = 0.01  # for what is no measurement of anything random
 # The first step that is judged: at step 1 all is as it was drawn, and hidden matrices behind a zero readout have no gradient.
-FIRST_STEP = {ACTIVATION: 2, UPDATE: 2, CHANGE: 2, DECAY: 0}
-# Sums over the width of two random vectors shrink as 1/sqrt(width), of two that have learned of each other not at all. Where both are
-# at work anything between is right, and this much above.
-BETWEEN = 0.15
+FIRST_STEP = {ACTIVATION: 2, UPDATE: 2, CHANGE: 2, DECAY: 0, EPSILON: 0}
 
 
 def by_change(kind: str) -> bool:
     """Whether an activation is judged by its change since step 1, which what it starts from would hide.
 
-    So is the residual stream, which sums what all branches add. So are logits: behind a zero readout their change is all of them, and
-    behind a tied embedding they start at random.
+    So is the residual stream, which sums what all branches add, and so are logits, which behind a zero readout are all change.
     """
-    return kind.startswith(("residual", "logits"))
+    return kind.startswith(("residual", "logits", "target"))
 
 
 class Expected(NamedTuple):
@@ -51,23 +50,25 @@ class Expected(NamedTuple):
     tied_embeddings: bool = False
     growing_heads: bool = False
 
-    def is_between(self, axis: str, kind: str) -> bool:
-        """Whether a kind of logits is partly random: anything from 1/sqrt(width) to constant is then right."""
-        return axis == "width" and ((kind == "logits" and self.tied_embeddings) or (kind == "attention logits" and self.growing_heads))
-
     def exponent(self, axis: str, quantity: str, kind: str, role: str) -> float | None:
         """Of size, for one row; None where nothing is claimed: the row is shown and not judged."""
         hidden, in_branch = role in ("hidden", "query"), role in ("hidden", "query", "vector")
         if quantity in (ACTIVATION, CHANGE):
-            return 0.0 if by_change(kind) == (quantity == CHANGE) else None
-        update = (-1.0 if hidden else 0.0) if axis == "width" else (self.depth_exponent - 1 if in_branch else 0.0)
+            return self._activation(axis, kind) if by_change(kind) == (quantity == CHANGE) else None
+        lr = (-1.0 if hidden else 0.0) if axis == "width" else (self.depth_exponent - 1 if in_branch else 0.0)
         if quantity == UPDATE:
-            return update
-        if "vector" in role:  # not decayed
-            return None
-        if axis == "width" and hidden and not self.coupled_decay:
-            return 0.0
-        return update
+            return lr
+        if quantity == EPSILON:  # lr over epsilon, and epsilon is as the gradient
+            return lr + (1.0 if axis == "width" else self.depth_exponent if in_branch else 0.0)
+        return 0.0 if axis == "width" and hidden and not self.coupled_decay else lr
+
+    def _activation(self, axis: str, kind: str) -> float | None:
+        if axis == "width" and self.tied_embeddings and kind == "logits":
+            return None  # random at first, they shrink as 1/sqrt(width): the target's tells
+        if axis == "width" and self.growing_heads and kind.startswith("attention "):
+            # As random are products of queries and keys over head_dim: their scale tells, exactly.
+            return {"attention scale": -1.0, "attention logits": None}.get(kind, 0.0)
+        return 0.0
 
 
 class Slope(NamedTuple):
@@ -89,7 +90,9 @@ class Slope(NamedTuple):
         """Distance from what is expected, in tolerances; infinite where there is no slope."""
         if self.expected is None or self.tolerance is None:
             return 0.0
-        return math.inf if self.slope is None else abs(self.slope - self.expected) / self.tolerance
+        if self.slope is None:
+            return 0.0 if self.ok else math.inf
+        return abs(self.slope - self.expected) / self.tolerance
 
 
 def slopes(coordinates: Sequence[Coordinate], expected: Expected) -> list[Slope]:
@@ -106,13 +109,15 @@ def slopes(coordinates: Sequence[Coordinate], expected: Expected) -> list[Slope]
     for (axis, quantity, kind, role, step), by_size in groups.items():
         slope, se = _fit(by_size)
         exponent = expected.exponent(axis, quantity, kind, role)
-        not_begun = quantity != DECAY and step < last and not any(map(any, by_size.values()))
-        if not_begun or step < FIRST_STEP[quantity]:
+        nothing = not any(map(any, by_size.values()))
+        if (nothing and quantity not in PROBED and step < last) or step < FIRST_STEP[quantity]:
             exponent = None
         tolerance = None if exponent is None else TOLERANCE[axis, quantity]
-        if exponent is not None and expected.is_between(axis, kind):
-            exponent, tolerance = -0.25, 0.25 + BETWEEN
+        if exponent is not None and kind == "attention scale":
+            tolerance = EXACT
         ok = None if exponent is None else slope is not None and abs(slope - exponent) <= tolerance
+        if quantity == DECAY and "vector" in role:  # gains and biases do not decay
+            ok = nothing
         rows.append(Slope(axis, quantity, kind, role, step, slope, se, exponent, tolerance, ok))
     return rows
 

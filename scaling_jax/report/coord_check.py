@@ -9,14 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, UPDATE, Coordinate
+from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, EPSILON, UPDATE, Coordinate
+from scaling_jax.coord_check.run import SLOPES_FILE, VERDICT_FILE, figure_file
 from scaling_jax.coord_check.verdict import Expected, Slope, by_change, passed, slopes, worst
 from scaling_jax.report.figures import save_figure
 
-SLOPES_FILE, VERDICT_FILE = "slopes.csv", "verdict.json"
 _BAD, _FINE = "#D55E00", "#000000"
 _COLUMNS = 5
-_FORWARD = ("embedding", "q", "k", "v", "attention logits", "attention output", "MLP hidden", "MLP output", "residual", "logits")
+_FORWARD = (
+    "embedding",
+    "q",
+    "k",
+    "v",
+    "attention scale",
+    "attention logits",
+    "attention output",
+    "MLP hidden",
+    "MLP output",
+    "residual",
+    "logits",
+    "target logit",
+)
 
 
 def report_check(coordinates: Sequence[Coordinate], expected: Expected, out: str | Path) -> tuple[str, bool]:
@@ -34,13 +47,15 @@ def report_check(coordinates: Sequence[Coordinate], expected: Expected, out: str
     (out / VERDICT_FILE).write_text(json.dumps(verdict, indent=1) + "\n")
     figures = []
     for axis in axes:
-        figures.append(out / f"coord_check_{axis}.png")
+        figures.append(out / figure_file(axis))
         coord_figure([c for c in coordinates if c.axis == axis], [row for row in rows if row.axis == axis], figures[-1])
     lines = [_table(furthest), ""]
     for axis, ok in verdicts.items():
         failed = [row.kind for row in furthest if row.axis == axis and not row.ok]
         named = ", ".join(dict.fromkeys(failed))
         lines.append(f"{axis:<8}{'pass' if ok else f'FAIL: {named}'}")
+    if "width" in axes and not expected.growing_heads:
+        lines.append("note    head_dim was the same at every width: its part in attention was not examined; --heads=N does that")
     lines += [f"{'figure':<8}{path}" for path in figures]
     return "\n".join(lines), verdict["passed"]
 
@@ -48,7 +63,7 @@ def report_check(coordinates: Sequence[Coordinate], expected: Expected, out: str
 def _place(quantity: str, kind: str) -> tuple[int, int]:
     """Where a row or panel stands: activations in the order of the forward pass, then updates, then decay."""
     known = [i for i, name in enumerate(_FORWARD) if kind.startswith(name)]
-    return {ACTIVATION: 0, CHANGE: 0, UPDATE: 1, DECAY: 2}[quantity], (known[-1] if known else len(_FORWARD))
+    return {ACTIVATION: 0, CHANGE: 0, UPDATE: 1, DECAY: 2, EPSILON: 3}[quantity], (known[-1] if known else len(_FORWARD))
 
 
 def _table(furthest: Sequence[Slope]) -> str:
@@ -60,7 +75,7 @@ def _table(furthest: Sequence[Slope]) -> str:
             row.quantity,
             row.kind,
             str(row.step or ""),
-            "none" if row.slope is None else f"{row.slope:+.3f}",
+            ("zero" if row.ok else "none") if row.slope is None else f"{row.slope:+.3f}",
             "" if row.se is None else f"{row.se:.3f}",
             _wanted(row),
             f"± {row.tolerance:.2g}",
@@ -112,13 +127,13 @@ def coord_figure(coordinates: Sequence[Coordinate], rows: Sequence[Slope], path:
                 low = high = 1.0
             centre = np.sqrt(low * high)
             axes.set_ylim(min(low, centre / 4), max(high, centre * 4))  # flat curves look flat
-            axes.set_xlabel(axis)
+            axes.set_xlabel(axis, fontsize=9)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(1, last), colours)
         figure.colorbar(scale, ax=grid.tolist(), label="step", shrink=0.5, ticks=range(1, last + 1))
 
-    save_figure(path, (2.8 * _COLUMNS, 2.3 * -(-len(panels) // _COLUMNS)), draw)
+    save_figure(path, (3.4 * _COLUMNS, 2.7 * -(-len(panels) // _COLUMNS)), draw)
 
 
 def _wanted(row: Slope) -> str:
