@@ -8,17 +8,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs/parametrization.md").read_text()
-(MODEL,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-(CHECK,) = re.findall(r"^    scaling-jax (.*--model=.*)$", TEXT, re.MULTILINE)
+MODEL, TRAINING = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+TABLE, CHECK = re.findall(r"^    scaling-jax (.*--model=.*)$", TEXT, re.MULTILINE)
+
+
+def run(folder, source, *arguments):
+    """Python beside my_model.py, in a process of its own, without the tests' strict promotion."""
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "my_model.py").write_text(source)
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
 
 
 def check(folder, source):
-    """The printed command on my_model.py, made small; in a process of its own, without the tests' strict promotion."""
-    (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "my_model.py").write_text(source)
+    """The printed command, made small."""
     small = ["--config.model.context=16", "--config.model.head_dim=8", "--batch_tokens=256", "--steps=5"]
-    command = [sys.executable, "-m", "scaling_jax", *shlex.split(CHECK), *small]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return run(folder, source, "-m", "scaling_jax", *shlex.split(CHECK), *small)
 
 
 def test_the_model_of_ones_own_passes_the_check(tmp_path):
@@ -27,11 +31,25 @@ def test_the_model_of_ones_own_passes_the_check(tmp_path):
     assert {"hidden", "narrow", "bias"} <= set(done.stdout.split())
 
 
+def test_its_table_is_printed(tmp_path):
+    done = run(tmp_path, MODEL, "-m", "scaling_jax", *shlex.split(TABLE))
+    assert done.returncode == 0, done.stderr
+    assert {"narrow", "readout", "vector", "fingerprint"} <= set(done.stdout.split())
+
+
+def test_it_learns_in_the_loop_that_is_shown(tmp_path):
+    (tmp_path / "training.py").write_text(TRAINING)
+    done = run(tmp_path, MODEL, "training.py")
+    assert done.returncode == 0, done.stderr
+    first, *_, last = map(float, done.stdout.strip("[]\n").split(","))
+    assert last < first
+
+
 def test_forgetting_a_multiplier_in_it_fails_the_check(tmp_path):
     """The page says that three multipliers are the model's own to apply."""
     assert "self.logit_multiplier * (x" in MODEL
     done = check(tmp_path, MODEL.replace("self.logit_multiplier * (x", "(x"))
-    assert done.returncode == 1 and "FAIL: logits" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "FAIL: logits, target logit" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_tolerances_are_those_of_the_code():

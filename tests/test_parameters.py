@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from scaling_jax import optimizer
 from scaling_jax.config import default_config
+from scaling_jax.errors import UserError
 from scaling_jax.parameters import Parameters
 from scaling_jax.parametrization import Parametrization
 
@@ -27,6 +29,13 @@ def test_fan_in_and_its_base_are_what_the_shape_and_the_role_say():
     net = Net(64, nnx.Rngs(0))
     found = {path[-1]: (p.get_metadata()["fan_in"], p.get_metadata()["base_fan_in"]) for path, p in nnx.to_flat_state(nnx.state(net))}
     assert found == {"table": (10, 10), "wide": (64, 16), "back": (256, 64), "gain": (1, 1), "out": (64, 16)}
+
+
+def test_at_the_base_width_a_fan_in_that_is_not_the_bases_is_refused():
+    """To forget base_fan_in is wrong by a constant, which no comparison of widths can see."""
+    make = Parameters(MUP, nnx.Rngs(0), width=16)
+    with pytest.raises(UserError, match=r"hidden matrix \(64, 16\) at the base width has base_fan_in 16: must be its own rows, 64"):
+        make.matrix("hidden", (64, 16))
 
 
 def test_values_have_the_rules_std():
