@@ -77,7 +77,7 @@ def mutants() -> None:
         slope = "none" if far.slope is None else f"{far.slope:+.2f}"
         kind = f"{far.quantity} {far.kind}"
         verdict = "MISSED" if passed(rows) else "caught"
-        print(f"  {name:<32}{verdict}  {kind:<30}{slope}, wanted {far.expected:+.2g} ± {far.tolerance:.2g}", flush=True)
+        print(f"  {name:<42}{verdict}  {kind:<36}{slope}, wanted {far.expected:+.2g} ± {far.tolerance:.2g}", flush=True)
 
 
 def figures(folder: Path) -> None:
