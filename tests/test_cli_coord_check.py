@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 from scaling_jax.cli import main
@@ -24,12 +23,7 @@ def get_config():
 RUN = ["--widths=16,32,64", "--steps=4", "--seeds=1", "--batch_tokens=128"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These programs run for a fraction of the time that it takes to optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,12 +16,7 @@ from scaling_jax.train.step import Trainer
 VOCAB, CONTEXT, SEQUENCES, STEPS, LR = 24, 8, 4, 3, 0.02
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These programs run for a fraction of the time that it takes to optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def config_of(**fields):

@@ -5,7 +5,6 @@ import math
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from helpers import small_config
@@ -83,12 +82,7 @@ number = 3
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These programs run for a fraction of the time that it takes to optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
