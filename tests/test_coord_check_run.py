@@ -1,86 +1,19 @@
-"""A coordinate check from its input to its directory: what is refused, what a user's own module needs, and how it is continued."""
+"""A coordinate check from its input to its directory: what is refused, and how it is continued."""
 
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import small_config
+from coord_checks import MODULE, WIDTHS, check_of, config_of, refused, snapshot
 
 from scaling_jax.coord_check import run
 from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, EPSILON, PROBED, UPDATE, Coordinate
-from scaling_jax.coord_check.run import COORDINATES_FILE, Check, coord_check, expected
+from scaling_jax.coord_check.run import COORDINATES_FILE, coord_check, expected
 from scaling_jax.coord_check.verdict import Expected, passed, slopes, worst
 from scaling_jax.data.corpus import open_run_data
 from scaling_jax.errors import UserError
-
-WIDTHS = (16, 32, 64)
-MODULE = """
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from scaling_jax.parameters import Parameters
-
-
-class Tiny(nnx.Module):
-    def __init__(self, config, parametrization, *, rngs):
-        make = Parameters(parametrization, rngs, width=config.width)
-        self.table = make.matrix("embedding", (config.vocab_size, config.width))
-        self.inner = make.matrix("hidden", (config.width, config.width))
-        self.out = make.matrix("output", (config.width, config.vocab_size))
-
-    def __call__(self, tokens):
-        h = jax.nn.relu(self.table[...][tokens] @ self.inner[...])
-        return self.out.get_metadata()["rule"].multiplier * h @ self.out[...]
-
-
-class Twice(Tiny):
-    def __call__(self, tokens):
-        return 2 * super().__call__(tokens)
-
-
-class NoMultiplier(Tiny):
-    def __call__(self, tokens):
-        return jax.nn.relu(self.table[...][tokens] @ self.inner[...]) @ self.out[...]
-
-
-class Roleless(Tiny):
-    def __init__(self, config, parametrization, *, rngs):
-        super().__init__(config, parametrization, rngs=rngs)
-        self.gain = nnx.Param(jnp.ones(config.width))
-
-
-class Listed(Tiny):
-    def __init__(self, config, parametrization, *, rngs):
-        super().__init__(config, parametrization, rngs=rngs)
-        self.list = nnx.List([self.inner])
-        del self.inner
-
-    def __call__(self, tokens):
-        return jax.nn.relu(self.table[...][tokens] @ self.list[0][...]) @ self.out[...]
-
-
-class FailsToBuild(Tiny):
-    def __init__(self, config, parametrization, *, rngs):
-        raise ValueError("no such shape")
-
-
-class FailsInItsCall(Tiny):
-    def __call__(self, tokens):
-        return self.table[...][tokens] @ jnp.ones((3, 4))
-
-
-class NoLogits(Tiny):
-    def __call__(self, tokens):
-        return self.table[...][tokens]
-
-
-number = 3
-"""
-
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -90,29 +23,6 @@ def module(tmp_path_factory):
     path = tmp_path_factory.mktemp("module") / "tiny.py"
     path.write_text(MODULE)
     return path
-
-
-def config_of(**fields):
-    return small_config(model__depth=1, optimizer__lr=0.02, **fields)
-
-
-def check_of(module, name="Tiny", **changes):
-    return Check(**({"sizes": {"width": WIDTHS}, "seeds": 2, "steps": 3, "batch_tokens": 64, "model": f"{module}:{name}"} | changes))
-
-
-def snapshot(directory: Path):
-    return {path.name: path.read_bytes() for path in directory.iterdir()} if directory.exists() else None
-
-
-def refused(config, check, out, *words):
-    """UserError with all `words`, and `out` as it was."""
-    before = snapshot(out)
-    with pytest.raises(UserError) as error:
-        coord_check(config, check, out)
-    for word in words:
-        assert word in str(error.value)
-    assert snapshot(out) == before
-    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -200,59 +110,9 @@ def test_a_module_of_ones_own_passes_only_if_it_keeps_to_the_rules(tmp_path, mod
     assert {(row.quantity, row.kind) for row in worst(rows) if not row.ok} == {(CHANGE, "logits"), (CHANGE, "target logit")}
 
 
-def test_a_parameter_without_a_role_is_named(tmp_path, module):
-    refused(config_of(), check_of(module, "Roleless"), tmp_path / "out", f"--model={module}:Roleless", "parameter gain has no role")
-
-
-def test_a_module_that_cannot_be_built_is_named_with_its_line(tmp_path, module):
-    line = 1 + MODULE.splitlines().index('        raise ValueError("no such shape")')
-    refused(config_of(), check_of(module, "FailsToBuild"), tmp_path / "out", f":FailsToBuild, line {line}", "no such shape")
-
-
-def test_a_module_whose_call_fails_is_named_with_its_line(tmp_path, module):
-    line = 1 + MODULE.splitlines().index("        return self.table[...][tokens] @ jnp.ones((3, 4))")
-    refused(config_of(), check_of(module, "FailsInItsCall"), tmp_path / "out", f":FailsInItsCall, line {line}")
-
-
-def test_a_module_that_returns_no_logits_is_named(tmp_path, module):
-    refused(config_of(), check_of(module, "NoLogits"), tmp_path / "out", f"--model={module}:NoLogits", "must be logits")
-
-
 def test_parameters_in_a_list_are_measured(tmp_path, module):
     found = coord_check(config_of(), check_of(module, "Listed"), tmp_path)
     assert "list.0" in {c.kind for c in found}
-
-
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ("nowhere.py:Tiny", ["--model=nowhere.py:Tiny: must be FILE.py:NAME"]),
-        ("{module}", ["must be FILE.py:NAME"]),
-        ("{module}:", ["must be FILE.py:NAME"]),
-        ("{module}:Missing", ["has no class or function Missing"]),
-        ("{module}:number", ["has no class or function number"]),
-    ],
-)
-def test_a_model_that_is_not_there_is_named(tmp_path, module, spec, words):
-    refused(config_of(), check_of(module, model=spec.format(module=module)), tmp_path / "out", *words)
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        ("x = 1\nx = (\n", [", line 2: syntax error"]),
-        ("import math\n\nmath.sqrt('2')\n", [", line 3: TypeError"]),
-        ("import no_such_package\n", [", line 1: ModuleNotFoundError: No module named 'no_such_package'"]),
-        ("raise SystemExit(3)\n", [", line 1: SystemExit"]),
-    ],
-)
-def test_broken_code_is_named_with_its_line(tmp_path, code, words):
-    path = tmp_path / "broken.py"
-    path.write_text(code)
-    refused(config_of(), check_of(path), tmp_path / "out", f"--model={path}:Tiny", *words)
-
-
-# What is claimed
 
 
 def test_what_is_expected_follows_the_config(module):
