@@ -18,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from scaling_jax import batch_schedule
 from scaling_jax.errors import UserError
 
 
@@ -79,7 +80,19 @@ FIELDS: dict[str, Field] = {
     "train.batch_tokens": Field(2048, "tokens per optimizer step", minimum=1),
     "train.seed": Field(0, "seed of the initial parameters and of the data order; JAX keys take 32 bits", minimum=0, below=1 << 32),
     "train.accumulation": _execution(1, "microbatches per optimizer step", minimum=1),
-    "batch.schedule": Field("constant", "course of the batch size", choices=("constant",)),
+    "train.stop_at_tokens": _execution(
+        0, "stop, saved, at the first step that reaches so many tokens; a larger value continues", minimum=0
+    ),
+    "batch.schedule": Field("constant", "course of the batch size", choices=("constant", "stages", "follow")),
+    "batch.stages": Field((), "stages: from so many tokens on the batch is that, each 'tokens=batch_tokens'; train.batch_tokens before"),
+    "batch.lr_rule": Field(
+        "none", "power of batch / train.batch_tokens that the lr is times: 0, 1/2, 1", choices=("none", "sqrt", "linear")
+    ),
+    "batch.follow": Field("noise", "follow: what is followed, 'noise', 'preconditioned' (noise), or the path of a law file"),
+    "batch.multiple": Field(1.0, "follow: the batch doubles once the followed's lower 95% bound is this many times it", above=0),
+    "batch.look_tokens": Field(0, "follow: tokens between two looks at what is followed; 0 is train.tokens / 64", minimum=0),
+    "batch.hold": Field(2, "follow: looks in a row, since the last doubling, at which the bound must be passed", minimum=1),
+    "batch.max_tokens": Field(0, "follow: the batch does not grow beyond this; 0 is 8 times train.batch_tokens", minimum=0),
     "mesh.replica": _execution(1, "devices along the axis that only copies parameters", minimum=1),
     "mesh.fsdp": _execution(1, "devices that shard parameters and batch; -1 takes all that are left", minimum=-1),
     "mesh.tensor": _execution(1, "devices that shard heads, MLP and vocabulary", minimum=1),
@@ -94,6 +107,8 @@ FIELDS: dict[str, Field] = {
     "data.prefetch": _execution(2, "batches read ahead", minimum=1),
     "noise_scale.every": Field(1, "measure at every n-th step; 0 is off", minimum=0),
     "noise_scale.window_tokens": Field(0, "tokens of the run that the running means look back at most; 0 is train.tokens / 8", minimum=0),
+    "noise_scale.decay_tokens": Field(0, "tokens over which the weights within the window fall by e; 0 weighs all alike", minimum=0),
+    "noise_scale.preconditioned": Field(False, "measure in AdamW's own metric too, tr(PΣ)/(GᵀPG)"),
     "eval.every_tokens": _execution(0, "tokens between evaluations; 0 evaluates at the end only", minimum=0),
     "eval.tokens": Field(1 << 17, "held-out tokens of each domain, evenly spread; 0 is all", minimum=0),
     "eval.batch_sequences": _execution(128, "sequences per evaluation step", minimum=1),
@@ -230,11 +245,6 @@ def sequences_per_batch(config: ConfigDict) -> int:
     return config.train.batch_tokens // config.model.context
 
 
-def total_steps(config: ConfigDict) -> int:
-    """Optimizer steps of the whole run; the last one ends at or just after train.tokens."""
-    return -(-config.train.tokens // config.train.batch_tokens)
-
-
 def resolve_mesh(config: ConfigDict, device_count: int) -> None:
     """Replaces mesh.fsdp = -1 by what the other axes leave of `device_count`, in place."""
     mesh = config.mesh
@@ -308,7 +318,9 @@ def _relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
             f"config.train.batch_tokens is {train.batch_tokens}: one sequence of context {model.context}, but noise is measured between "
             f"sequences; must be at least {2 * model.context}, or config.noise_scale.every=0"
         )
-    if total_steps(config) * sequences_per_batch(config) >= 1 << 31:
+    batch_faults = batch_schedule.faults(config, max(1, shards))
+    faults += batch_faults
+    if not batch_faults and batch_schedule.end_tokens(config) // model.context >= 1 << 31:
         faults.append(f"config.train.tokens is {train.tokens}: at context {model.context} at most {((1 << 31) - 1) * model.context}")
     if schedule.warmup_tokens > train.tokens:
         faults.append(f"config.schedule.warmup_tokens is {schedule.warmup_tokens}: longer than the run, config.train.tokens {train.tokens}")
@@ -360,3 +372,15 @@ def mlp_width(width: int, mlp_ratio: float) -> int:
 def to_json(config: ConfigDict) -> dict[str, Any]:
     """Nested plain values (tuples as lists), the form that config.json holds."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+    """The inverse of `to_json`. A field that `values` lacks has its default; one that there is not is a UserError."""
+    config = default_config()
+    for section, fields in values.items():
+        for key, value in fields.items():
+            name = f"{section}.{key}"
+            if name not in FIELDS:
+                raise UserError(f"config.{name}: no such field{nearest(name)}")
+            config[section][key] = tuple(value) if isinstance(value, list) else value
+    return config

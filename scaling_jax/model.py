@@ -17,11 +17,13 @@ from jax import Array
 from scaling_jax.config import mlp_width
 from scaling_jax.errors import UserError
 from scaling_jax.mesh import batch_shards, constrain, on_one_device
-from scaling_jax.noise_scale import bias, dense, dense_many, embed, embed_tied, unembed_tied
+from scaling_jax.noise_scale import bias, dense_many, embed, embed_tied, unembed, unembed_tied
 from scaling_jax.parameters import Parameters
 from scaling_jax.parametrization import Parametrization
 
-KINDS = ("embedding", "attention", "mlp", "unembedding")  # groups of a probe [B, len(KINDS)]
+KINDS = ("embedding", "attention", "mlp", "unembedding")  # of parameters; entries of a probe
+
+Probe = dict[str, Array]  # by kind: [B], or [depth, B] of what every block has; with a metric one more axis, of length 2
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps the projections' outputs
@@ -113,6 +115,10 @@ def _no_tap(kind: str, activation: Array) -> None:
     pass
 
 
+def _weight(module: nnx.Module | None, name: str) -> Array | None:
+    return None if module is None else getattr(module, name)[...]
+
+
 class Block(nnx.Module):
     """One pre-norm block: attention, then MLP, each added to the residual stream."""
 
@@ -138,33 +144,36 @@ class Block(nnx.Module):
         self.attention_scale = parametrization.attention_scale(config.head_dim)
         self.residual_multiplier = parametrization.residual_multiplier(config.depth)
 
-    def __call__(self, x_BxLxD: Array, probe_BxG: Array | None = None, tap: Tap = _no_tap) -> Array:
-        attention, mlp = (None, None) if probe_BxG is None else (probe_BxG[:, 1], probe_BxG[:, 2])
-        middle_BxLxD = self._add(x_BxLxD, self.attend(rms_norm(x_BxLxD), attention, tap))
-        end_BxLxD = self._add(middle_BxLxD, self.feed_forward(rms_norm(middle_BxLxD), mlp, tap))
+    def __call__(self, x_BxLxD: Array, probe: Probe | None = None, tap: Tap = _no_tap, metric: "Block | None" = None) -> Array:
+        attention, mlp = (None, None) if probe is None else (probe["attention"], probe["mlp"])
+        middle_BxLxD = self._add(x_BxLxD, self.attend(rms_norm(x_BxLxD), attention, tap, metric))
+        end_BxLxD = self._add(middle_BxLxD, self.feed_forward(rms_norm(middle_BxLxD), mlp, tap, metric))
         tap("residual", end_BxLxD)
         return end_BxLxD
 
     def _add(self, x_BxLxD: Array, branch_BxLxD: Array) -> Array:
         return constrain(x_BxLxD + self.residual_multiplier * branch_BxLxD, "batch", "length", "residual")
 
-    def _biased(self, name: str, x_BxLxO: Array, probe_B: Array | None) -> Array:
-        return bias(x_BxLxO, getattr(self, f"{name}_bias")[...], probe_B) if self.config.biases else x_BxLxO
+    def _biased(self, name: str, x_BxLxO: Array, probe_B: Array | None, metric: "Block | None") -> Array:
+        name = f"{name}_bias"
+        return bias(x_BxLxO, _weight(self, name), probe_B, _weight(metric, name)) if self.config.biases else x_BxLxO
 
-    def _project(self, names: tuple[str, ...], axis: str, x_BxLxD: Array, probe_B: Array | None) -> list[Array]:
+    def _project(self, names: tuple[str, ...], axis: str, x_BxLxI: Array, probe_B: Array | None, metric: "Block | None") -> list[Array]:
         """The projections `names` of one input, which lie along the logical `axis`."""
-        ws_DxO = tuple(getattr(self, name)[...] for name in names)
-        ys_BxLxO = dense_many(x_BxLxD, ws_DxO, probe_B, shards=batch_shards(), joined=on_one_device())
-        biased = (self._biased(name, y_BxLxO, probe_B) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True))
+        ws_IxO = [_weight(self, name) for name in names]
+        metrics_IxO = None if metric is None else [_weight(metric, name) for name in names]
+        ys_BxLxO = dense_many(x_BxLxI, ws_IxO, probe_B, metrics_IxO, shards=batch_shards(), joined=on_one_device())
+        biased = (self._biased(name, y_BxLxO, probe_B, metric) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True))
         return [constrain(y_BxLxO, "batch", "length", axis) for y_BxLxO in biased]
 
-    def attend(self, x_BxLxD: Array, probe_B: Array | None, tap: Tap = _no_tap) -> Array:
+    def attend(self, x_BxLxD: Array, probe_B: Array | None, tap: Tap = _no_tap, metric: "Block | None" = None) -> Array:
         batch, length, _ = x_BxLxD.shape
 
         def heads_first(x_BxLxHK: Array) -> Array:  # a layout whose products run twice as fast on CPU as [B, L, H, K]
             return x_BxLxHK.reshape(batch, length, self.config.heads, self.config.head_dim).swapaxes(1, 2)
 
-        q_BxHxLxK, k_BxHxLxK, v_BxHxLxK = map(heads_first, self._project(("query", "key", "value"), "heads", x_BxLxD, probe_B))
+        qkv_BxLxHK = self._project(("query", "key", "value"), "heads", x_BxLxD, probe_B, metric)
+        q_BxHxLxK, k_BxHxLxK, v_BxHxLxK = map(heads_first, qkv_BxLxHK)
         q_BxHxLxK, k_BxHxLxK = (rotary(x_BxHxLxK, self.config.rope_theta) for x_BxHxLxK in (q_BxHxLxK, k_BxHxLxK))
         y_BxHxLxK = causal_attention(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, self.attention_scale)
         tap("q", q_BxHxLxK), tap("k", k_BxHxLxK), tap("v", v_BxHxLxK)
@@ -172,16 +181,16 @@ class Block(nnx.Module):
             # Those of the future are set to 0: nothing is learned about them.
             tap("attention logits", jnp.tril(self.attention_scale * jnp.einsum("bhlk,bhmk->bhlm", q_BxHxLxK, k_BxHxLxK)))
         y_BxLxD = constrain(y_BxHxLxK.swapaxes(1, 2).reshape(batch, length, -1), "batch", "length", "heads")
-        y_BxLxD = self._biased("attention_out", dense(y_BxLxD, self.attention_out[...], probe_B, shards=batch_shards()), probe_B)
+        (y_BxLxD,) = self._project(("attention_out",), "residual", y_BxLxD, probe_B, metric)
         tap("attention output", y_BxLxD)
         return y_BxLxD
 
-    def feed_forward(self, x_BxLxD: Array, probe_B: Array | None, tap: Tap = _no_tap) -> Array:
+    def feed_forward(self, x_BxLxD: Array, probe_B: Array | None, tap: Tap = _no_tap, metric: "Block | None" = None) -> Array:
         activation = _ACTIVATIONS[self.config.mlp]
         gated = self.config.mlp == "swiglu"
-        hs_BxLxF = self._project(("mlp_in", "mlp_gate") if gated else ("mlp_in",), "mlp", x_BxLxD, probe_B)
+        hs_BxLxF = self._project(("mlp_in", "mlp_gate") if gated else ("mlp_in",), "mlp", x_BxLxD, probe_B, metric)
         h_BxLxF = activation(hs_BxLxF[-1]) * hs_BxLxF[0] if gated else activation(hs_BxLxF[0])
-        y_BxLxD = self._biased("mlp_out", dense(h_BxLxF, self.mlp_out[...], probe_B, shards=batch_shards()), probe_B)
+        (y_BxLxD,) = self._project(("mlp_out",), "residual", h_BxLxF, probe_B, metric)
         tap("MLP hidden", h_BxLxF), tap("MLP output", y_BxLxD)
         return y_BxLxD
 
@@ -194,9 +203,10 @@ class Transformer(nnx.Module):
       parametrization: rules of init and multipliers; default `standard`.
       rngs: seeds of the initial parameters.
 
-    The optional `probe_BxG` (float32 zeros [B, len(KINDS)]) makes its own cotangent each sequence's squared gradient norm per
-    kind of layer: see `scaling_jax.noise_scale.per_example`. The optional `tap(kind, activation)` is shown every kind of activation
-    once, those of the blocks with a leading axis, the depth.
+    The optional `probe`, made by `new_probe`, has each sequence's squared gradient norms per kind of layer and block as its cotangent:
+    see `scaling_jax.noise_scale.per_example`. The optional `metric` is this module once more, with weights P ≥ 0 in the place of its
+    parameters. The optional `tap(kind, activation)` is shown every kind of activation once, those of the blocks with a leading axis,
+    the depth.
     """
 
     def __init__(self, config: TransformerConfig, parametrization: Parametrization | None = None, *, rngs: nnx.Rngs):
@@ -217,41 +227,53 @@ class Transformer(nnx.Module):
         read_out = self.embedding if config.tied_embeddings else self.unembedding
         self.logit_multiplier = read_out.get_metadata()["rule"].multiplier
 
-    def __call__(self, tokens_BxL: Array, probe_BxG: Array | None = None, tap: Tap = _no_tap) -> Array:
+    def new_probe(self, batch: int, metric: bool = False) -> Probe:
+        """Zeros to differentiate with respect to; two columns, without and with the metric, if there is to be one."""
+        columns, depth = (2,) if metric else (), self.config.depth
+        shapes = {"embedding": (batch,), "attention": (depth, batch), "mlp": (depth, batch)}
+        if not self.config.tied_embeddings:  # the embedding's entry has both uses
+            shapes["unembedding"] = (batch,)
+        return {kind: jnp.zeros((*shape, *columns), jnp.float32) for kind, shape in shapes.items()}
+
+    def __call__(self, tokens_BxL: Array, probe: Probe | None = None, tap: Tap = _no_tap, metric: "Transformer | None" = None) -> Array:
         config, tied = self.config, self.config.tied_embeddings
         dtype = jnp.dtype(config.compute_dtype)
+        probe_B, metric_VxD = None if probe is None else probe["embedding"], _weight(metric, "embedding")
         carrier_BxLxD = None
-        if probe_BxG is None:
-            x_BxLxD = embed(self.embedding[...], tokens_BxL, dtype=dtype)
-        elif tied:
-            x_BxLxD, carrier_BxLxD = embed_tied(self.embedding[...], tokens_BxL, probe_BxG[:, 0], dtype=dtype)
+        if tied and probe is not None:
+            x_BxLxD, carrier_BxLxD = embed_tied(self.embedding[...], tokens_BxL, probe_B, metric_VxD, dtype=dtype)
         else:
-            x_BxLxD = embed(self.embedding[...], tokens_BxL, probe_BxG[:, 0], dtype=dtype)
+            x_BxLxD = embed(self.embedding[...], tokens_BxL, probe_B, metric_VxD, dtype=dtype)
         # The table is sharded along its width. Said in two steps, the partitioner exchanges pieces and does not copy the whole.
         x_BxLxD = constrain(constrain(x_BxLxD, "replica", "length", "embed"), "batch", "length", "residual")
 
         tap("embedding", x_BxLxD)
         graph, layers = nnx.split(self.blocks)
+        probes = None if probe is None else {kind: probe[kind] for kind in ("attention", "mlp")}
+        metrics = None if metric is None else nnx.split(metric.blocks)[1]
 
-        def block(x_BxLxD: Array, layer: nnx.State) -> tuple[Array, dict[str, Array]]:
+        def block(x_BxLxD: Array, layer: tuple[nnx.State, Probe | None, nnx.State | None]) -> tuple[Array, dict[str, Array]]:
+            params, probe, metric = layer
             activations: dict[str, Array] = {}
             collect = _no_tap if tap is _no_tap else activations.__setitem__
-            return nnx.merge(graph, layer)(x_BxLxD, probe_BxG, collect), activations
+            metric = None if metric is None else nnx.merge(graph, metric)
+            return nnx.merge(graph, params)(x_BxLxD, probe, collect, metric), activations
 
         if config.remat != "none":
             block = jax.checkpoint(block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
-        x_BxLxD, stacked = jax.lax.scan(block, x_BxLxD, layers)
+        x_BxLxD, stacked = jax.lax.scan(block, x_BxLxD, (layers, probes, metrics))
         for kind, activation in stacked.items():
             tap(kind, activation)
 
         h_BxLxD = rms_norm(x_BxLxD) * self.logit_multiplier
+        shards = batch_shards()
         if not tied:
-            probe_B = None if probe_BxG is None else probe_BxG[:, 3]
-            logits_BxLxV = dense(h_BxLxD, self.unembedding[...], probe_B, shards=batch_shards(), out_dtype=jnp.float32)
+            probe_B = None if probe is None else probe["unembedding"]
+            logits_BxLxV = unembed(h_BxLxD, self.unembedding[...], probe_B, _weight(metric, "unembedding"), shards=shards)
         elif carrier_BxLxD is None:
-            logits_BxLxV = dense(h_BxLxD, self.embedding[...].T, shards=batch_shards(), out_dtype=jnp.float32)
+            logits_BxLxV = unembed(h_BxLxD, self.embedding[...].T, shards=shards)
         else:
-            logits_BxLxV = unembed_tied(h_BxLxD, self.embedding[...], tokens_BxL, carrier_BxLxD, probe_BxG[:, 0], shards=batch_shards())
+            logits_BxLxV = unembed_tied(h_BxLxD, self.embedding[...], tokens_BxL, carrier_BxLxD, probe_B, metric_VxD, shards=shards)
         tap("logits", logits_BxLxV)
         return constrain(logits_BxLxV, "batch", "length", "vocab")
 

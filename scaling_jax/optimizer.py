@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 from ml_collections import ConfigDict
 
-from scaling_jax.config import total_steps
+from scaling_jax.batch_schedule import lr_end_tokens
 from scaling_jax.errors import UserError
 
 Schedule = Callable[[Array | float], Array]
@@ -38,8 +38,8 @@ def schedule(config: ConfigDict) -> Schedule:
     """
     s = config.schedule
     name, floor = s.name, s.final_lr_fraction
-    # The run's own end, a whole number of steps; as floats, since token counts overflow int32.
-    warmup, total = float(s.warmup_tokens), float(total_steps(config) * config.train.batch_tokens)
+    # Floats, since token counts overflow int32.
+    warmup, total = float(s.warmup_tokens), float(lr_end_tokens(config))
     start = total - s.decay_tokens if name == "wsd" else warmup
 
     def fraction(tokens: Array | float) -> Array:
@@ -54,6 +54,11 @@ def schedule(config: ConfigDict) -> Schedule:
         return decay * jnp.minimum(tokens / warmup, 1.0) if warmup else decay
 
     return fraction
+
+
+def batch_lr_factor(config: ConfigDict, batch_tokens: int) -> float:
+    """What batch.lr_rule multiplies the lr with at a batch other than train.batch_tokens."""
+    return (batch_tokens / config.train.batch_tokens) ** {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[config.batch.lr_rule]
 
 
 def with_rules(params: nnx.State, value: Callable[[Any], float]) -> Any:
@@ -100,3 +105,21 @@ def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
         return updates, (clip_state, moments_state, roles)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def preconditioner(config: ConfigDict, state: Any) -> nnx.State:
+    """AdamW's own metric P, a tree like the parameters: the role's lr multiplier over √v̂ + eps, from the moments in its state.
+
+    An entry that never had a gradient has no v̂ and gets P = 0; so have all of them before the first step. As in `adamw`, a gradient
+    is divided by its role's epsilon factor before it enters v̂, so P is divided by that factor too. Rounded to bfloat16, which halves
+    its memory: any P that does not know the batch gives unbiased estimates, and both of them use the same.
+    """
+    o, (_, moments, roles) = config.optimizer, state
+    correction = 1 - jnp.float32(o.b2) ** moments.count.astype(jnp.float32)
+
+    def of(nu, lr, eps):
+        scale = (lr / o.lr) / (eps / o.eps)
+        p = jnp.where(nu > 0, scale / (jnp.sqrt(nu / jnp.where(moments.count > 0, correction, 1.0)) + o.eps), 0.0)
+        return p.astype(jnp.bfloat16)
+
+    return jax.tree.map(of, moments.nu, roles.lr, roles.eps)

@@ -1,6 +1,7 @@
 import pytest
 from ml_collections import ConfigDict
 
+from scaling_jax import batch_schedule
 from scaling_jax import config as config_lib
 from scaling_jax.config import FIELDS, default_config, load, nearest, parse, resolve_mesh, validate
 from scaling_jax.errors import UserError
@@ -136,3 +137,53 @@ def test_a_config_file_is_read_anew_and_may_take_an_argument(tmp_path):
 def test_identity_leaves_execution_out():
     assert config_lib.identity(default_config()) == config_lib.identity(changed(mesh__fsdp=8, data__prefetch=5, eval__every_tokens=7))
     assert config_lib.identity(default_config()) != config_lib.identity(changed(train__seed=1))
+
+
+STAGED = {"batch__schedule": "stages", "model__context": 16, "train__batch_tokens": 64, "train__tokens": 1000}
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"batch__stages": ("100=128", "500=256")}, []),
+        ({"batch__stages": ("0=32", "999=48")}, []),
+        ({"batch__stages": ()}, ["config.batch.stages is (): must be 'tokens=batch_tokens'"]),
+        ({"batch__stages": ("100",)}, ["config.batch.stages is ('100',): must be 'tokens=batch_tokens'"]),
+        ({"batch__stages": (5,)}, ["config.batch.stages is (5,): must be 'tokens=batch_tokens'"]),
+        ({"batch__stages": ("a=b",)}, ["config.batch.stages is ('a=b',): must be 'tokens=batch_tokens'"]),
+        ({"batch__stages": ("100=128", "100=256")}, ["'100=256' after '100=128': must be in ascending order"]),
+        ({"batch__stages": ("1000=128",)}, ["'1000=128': must begin within the run, before config.train.tokens 1000"]),
+        ({"batch__stages": ("100=100", "200=-16")}, ["'100=100': the batch must be a multiple of 16", "'200=-16': the batch must be"]),
+        ({"batch__stages": ("100=0",)}, ["'100=0': the batch must be a multiple of 16"]),
+        ({"batch__stages": ("100=16",)}, ["'100=16': one sequence, but noise is measured between sequences; the batch must be at"]),
+        ({"batch__stages": ("100=16",), "noise_scale__every": 0}, []),
+        ({"batch__stages": ("100=144",), "mesh__fsdp": 4, "train__batch_tokens": 128}, ["'100=144': the batch must be a multiple of 64"]),
+        ({"batch__stages": ("100=128",), "batch__schedule": "constant"}, ["takes config.batch.schedule=stages, which is 'constant'"]),
+        ({"batch__stages": ("100=128",), "batch__schedule": "follow"}, ["takes config.batch.schedule=stages, which is 'follow'"]),
+        ({"batch__schedule": "follow"}, []),
+        ({"batch__schedule": "follow", "noise_scale__every": 0}, ["config.noise_scale.every is 0: config.batch.follow=noise follows"]),
+        ({"batch__schedule": "follow", "noise_scale__every": 0, "batch__follow": "law.json"}, []),
+        ({"batch__schedule": "follow", "batch__follow": "preconditioned"}, ["config.noise_scale.preconditioned is False: "]),
+        ({"batch__schedule": "follow", "batch__follow": "preconditioned", "noise_scale__preconditioned": True}, []),
+        ({"batch__schedule": "follow", "batch__max_tokens": 63}, ["config.batch.max_tokens is 63: must be at least where the batch"]),
+        ({"batch__schedule": "follow", "batch__max_tokens": 64}, []),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_batch(fields: dict, expected: list[str]):
+    found = faults(changed(**STAGED | fields))
+    assert len(found) == len(expected)
+    assert all(words in fault for words, fault in zip(expected, found, strict=True)), found
+
+
+def test_stages_are_read_from_the_command_line():
+    config = changed(**STAGED, batch__stages=parse("batch.stages", "100=128,500=256"))
+    assert batch_schedule.stages(config) == [(100, 128), (500, 256)] and faults(config) == []
+
+
+def test_a_run_is_not_longer_than_sequences_can_be_counted():
+    longest = ((1 << 31) - 1) * 64
+    assert faults(changed(train__tokens=longest, train__batch_tokens=128, batch__schedule="constant"))[0].startswith(
+        "config.train.tokens is "
+    )
+    assert faults(changed(train__tokens=longest - 64, train__batch_tokens=128)) == []
+    assert "config.train.tokens is" in faults(changed(train__tokens=longest - 64, train__batch_tokens=128, batch__schedule="follow"))[0]

@@ -1,9 +1,9 @@
-"""Planted power laws: the fit finds them, and its standard error is the right size."""
+"""Planted power laws and other forms: the fit finds them, and its interval is the right size."""
 
 import numpy as np
 import pytest
 
-from scaling_jax.laws.fit import power_law
+from scaling_jax.laws.fit import least_squares, power_law
 
 
 def planted(rng, exponent, sd, points=12, claimed_sd=None):
@@ -67,3 +67,78 @@ def test_too_few_points():
 def test_different_lengths_are_refused():
     with pytest.raises(ValueError, match="one length"):
         power_law([1.0, 2.0], [1.0], [1.0], [1.0])
+
+
+def test_height_and_slope_err_independently_about_the_centre():
+    """The interval of the law itself holds the truth in 95% of fits, at the ends of the measurements and beyond them."""
+    rng = np.random.default_rng(5)
+    sd = np.geomspace(0.05, 0.3, 12)
+    laws = [power_law(*planted(rng, 0.5, sd)) for _ in range(600)]
+    for x in (1e3, 1e4, 1e6, 1e8):
+        low, high = np.array([law.interval(x) for law in laws]).T
+        assert 0.93 < np.mean((low < 3.0 * x**0.5) & (3.0 * x**0.5 < high)) < 0.99
+    low, high = laws[0].interval(np.exp(laws[0].centre))
+    assert np.log(high / low) == pytest.approx(2 * 1.959963985 * laws[0].centre_se)
+    # The weights alone give the height's error at the centre where the scatter does not exceed them.
+    assert min(law.centre_se for law in laws) == pytest.approx(np.sum(sd**-2) ** -0.5)
+
+
+def test_without_intervals_the_scatter_alone_counts():
+    stats = pytest.importorskip("scipy.stats")
+    x, y, _, _ = planted(np.random.default_rng(6), 0.5, 0.01)
+    law, line = power_law(x, y), stats.linregress(np.log(x), np.log(y))
+    assert (law.exponent, law.exponent_se) == pytest.approx((line.slope, line.stderr), rel=1e-9)
+    low, high = law.interval(1.0)  # log y at log x = 0 is the intercept
+    assert np.log(high / low) / (2 * 1.959963985) == pytest.approx(line.intercept_stderr, rel=1e-6)
+    with pytest.raises(ValueError, match="together"):
+        power_law(x, y, low=y)
+
+
+def line(u, bound=np.inf, **options):
+    return lambda y: least_squares(lambda a, b: a + b * u, y, {"a": (-np.inf, np.inf), "b": (-bound, bound)}, [(0.0, 0.0)], **options)
+
+
+def test_on_a_straight_line_intervals_are_students():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(7)
+    u = rng.normal(size=9)
+    y = 1 + 2 * u + 0.3 * rng.normal(size=9)
+    known, fit = stats.linregress(u, y), line(u)(y)
+    t = stats.t.ppf(0.975, 7)
+    assert (fit.values["a"], fit.values["b"]) == pytest.approx((known.intercept, known.slope), rel=1e-6)
+    assert fit.intervals["b"] == pytest.approx((known.slope - t * known.stderr, known.slope + t * known.stderr), rel=1e-4)
+    assert fit.intervals["a"] == pytest.approx(
+        (known.intercept - t * known.intercept_stderr, known.intercept + t * known.intercept_stderr), rel=1e-4
+    )
+    np.testing.assert_allclose(fit.residuals, y - known.intercept - known.slope * u, atol=1e-6)
+    sharp = line(u, sd=np.full(9, 0.01), intervals_of=["b"])(y)  # claimed errors too small: the scatter widens them
+    assert sharp.intervals == {"b": pytest.approx(fit.intervals["b"], rel=1e-4)}
+    honest = line(u, sd=np.full(9, 3.0), intervals_of=["b"])(y)  # claimed errors large: they count
+    half = t * 3.0 / np.sqrt(np.sum((u - u.mean()) ** 2))
+    assert honest.intervals["b"] == pytest.approx((known.slope - half, known.slope + half), rel=1e-4)
+    assert line(u, bound=known.slope + 0.5 * known.stderr)(y).intervals["b"][1] == np.inf
+    near = line(u, bound=fit.intervals["b"][1] + 0.001)(y)  # beyond the end, but within the search's next stride
+    assert near.intervals["b"] == pytest.approx(fit.intervals["b"], rel=1e-4)
+
+
+def test_huber_bears_outliers_and_its_interval_covers():
+    rng = np.random.default_rng(8)
+    u = np.linspace(-1, 1, 24)
+    inside, errors = [], {None: [], 0.15: []}
+    for _ in range(120):
+        y = 1 + 2 * u + 0.1 * rng.normal(size=24) + np.where(rng.random(24) < 0.1, rng.choice([-3, 3], 24), 0)
+        fit = line(u, huber_delta=0.15, intervals_of=["b"])(y)
+        inside.append(fit.intervals["b"][0] < 2 < fit.intervals["b"][1])
+        errors[0.15].append(fit.values["b"] - 2)
+        errors[None].append(line(u, intervals_of=[])(y).values["b"] - 2)
+    assert 0.89 < np.mean(inside) <= 1.0
+    assert np.std(errors[0.15]) < np.std(errors[None]) / 4
+
+
+def test_several_starts_find_the_lower_of_two_valleys():
+    u = np.linspace(0, 6, 40)
+    wave = least_squares(lambda w: np.sin(w * u), np.sin(3.0 * u), {"w": (0.1, 10.0)}, [(0.3,), (2.8,), (9.0,)])
+    assert wave.values["w"] == pytest.approx(3.0)
+    assert wave.intervals["w"] == pytest.approx((3.0, 3.0), abs=1e-4)  # exact: no width
+    with pytest.raises(ValueError, match="2 points cannot fix 2"):
+        line(np.ones(2))(np.ones(2))

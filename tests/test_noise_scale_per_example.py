@@ -1,5 +1,7 @@
 """Squared norms from the probe against brute force: the gradient of each sequence, taken alone by plain JAX."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +21,10 @@ def random(seed, *shape):
 
 
 def check_layer(layer, plain, param, x, weights):
-    """`layer(x, param, probe)` against `plain(x, param)`: output, input gradient, parameter gradient, squared norms."""
+    """`layer(x, param, probe, metric)` against `plain(x, param)`: output, input gradient, parameter gradient, squared norms."""
 
-    def loss(param, probe_B, x):
-        return jnp.sum(weights * jnp.tanh(layer(x, param, probe_B)))
+    def loss(param, probe_B, x, metric=None):
+        return jnp.sum(weights * jnp.tanh(layer(x, param, probe_B, metric)))
 
     def plain_loss(param, x, weights):
         return jnp.sum(weights * jnp.tanh(plain(x, param)))
@@ -31,7 +33,15 @@ def check_layer(layer, plain, param, x, weights):
     dparam, sq_norms_B = jax.jit(jax.grad(loss, argnums=(0, 1)))(param, jnp.zeros(B), x)
     each = jax.vmap(lambda x, w: jax.grad(plain_loss)(param, x[None], w[None]))(x, weights)
     close(dparam, each.sum(0))
-    close(sq_norms_B, np.sum(np.asarray(each, np.float64).reshape(B, -1) ** 2, axis=1))
+    square = np.asarray(each, np.float64) ** 2
+    close(sq_norms_B, square.reshape(B, -1).sum(1))
+    metric = jax.random.exponential(jax.random.key(9), param.shape)
+    dparam, sq_norms_Bx2 = jax.jit(jax.grad(loss, argnums=(0, 1)))(param, jnp.zeros((B, 2)), x, metric)
+    close(dparam, each.sum(0))
+    close(sq_norms_Bx2[:, 0], square.reshape(B, -1).sum(1))
+    close(sq_norms_Bx2[:, 1], (np.asarray(metric)[None] * square).reshape(B, -1).sum(1))
+    with pytest.raises(ValueError, match="two columns with a metric"):
+        layer(x, param, jnp.zeros(B), metric)
     if jnp.issubdtype(x.dtype, jnp.floating):
         close(jax.grad(loss, argnums=2)(param, jnp.zeros(B), x), jax.grad(plain_loss, argnums=1)(param, x, weights))
 
@@ -39,12 +49,41 @@ def check_layer(layer, plain, param, x, weights):
 @pytest.mark.parametrize("shards", [1, 2, 3, 6])
 def test_dense(shards):
     check_layer(
-        lambda x, w, probe: ns.dense(x, w, probe, shards=shards),
+        lambda x, w, probe, metric=None: ns.dense(x, w, probe, metric, shards=shards),
         lambda x, w: jnp.einsum("bli,io->blo", x, w),
         random(0, D, F),
         random(1, B, L, D),
         random(2, B, L, F),
     )
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_several_products_of_one_input(joined):
+    """Three matrices as one, and by themselves: the same outputs, gradient and norms, each with its own part of the metric."""
+
+    def layer(x, w, probe, metric=None):
+        metrics = None if metric is None else jnp.split(metric, [1, 3], axis=1)
+        return jnp.concatenate(ns.dense_many(x, jnp.split(w, [1, 3], axis=1), probe, metrics, joined=joined), axis=2)
+
+    check_layer(layer, lambda x, w: jnp.einsum("bli,io->blo", x, w), random(0, D, F), random(1, B, L, D), random(2, B, L, F))
+
+
+def test_unembed_gives_float32_logits():
+    h_BxLxD, w_DxV = random(1, B, L, D), random(0, D, V)
+    check_layer(ns.unembed, lambda x, w: jnp.einsum("bli,io->blo", x, w), w_DxV, h_BxLxD, random(2, B, L, V))
+    assert ns.unembed(h_BxLxD.astype(jnp.bfloat16), w_DxV, jnp.zeros(B)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_large_matrix_is_taken_some_rows_at_a_time(shards, monkeypatch):
+    """4 rows of 7 columns at a time where 14 entries are the most: two rows each."""
+    monkeypatch.setattr("scaling_jax.noise_scale.per_example._LARGEST_PRODUCT", 14)
+    layer = functools.partial(ns.dense, shards=shards)
+    plain = functools.partial(jnp.einsum, "bli,io->blo")
+    w_IxO = random(0, 4, F)
+    check_layer(layer, plain, w_IxO, random(1, B, L, 4), random(2, B, L, F))
+    text = jax.jit(jax.grad(lambda w: layer(random(1, B, L, 4), w, jnp.zeros(B)).sum())).lower(w_IxO).as_text()
+    assert "2x7xf32" in text and text.count("stablehlo.while") == 2
 
 
 def test_scale_sums_over_positions_before_squaring():
@@ -57,16 +96,18 @@ def test_bias():
 
 def test_embed_with_repeated_tokens():
     tokens_BxL = jax.random.randint(jax.random.key(3), (B, L), 0, V)  # 9 positions, 4 tokens: every sequence repeats some
-    check_layer(lambda t, w, probe: ns.embed(w, t, probe), lambda t, w: w[t], random(0, V, D), tokens_BxL, random(2, B, L, D))
+    check_layer(
+        lambda t, w, probe, metric=None: ns.embed(w, t, probe, metric), lambda t, w: w[t], random(0, V, D), tokens_BxL, random(2, B, L, D)
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_tied_pair_has_its_cross_term(shards):
     tokens_BxL = jax.random.randint(jax.random.key(3), (B, L), 0, V)
 
-    def layer(tokens, table, probe):
-        x, carrier = ns.embed_tied(table, tokens, probe)
-        return ns.unembed_tied(jnp.sin(x), table, tokens, carrier, probe, shards=shards)
+    def layer(tokens, table, probe, metric=None):
+        x, carrier = ns.embed_tied(table, tokens, probe, metric)
+        return ns.unembed_tied(jnp.sin(x), table, tokens, carrier, probe, metric, shards=shards)
 
     def plain(tokens, table):
         return jnp.einsum("bld,vd->blv", jnp.sin(table[tokens]), table)

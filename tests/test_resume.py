@@ -22,3 +22,16 @@ def test_five_kills_change_nothing(tmp_path):
         finally:
             del kills.FIELDS["train.seed"]
         kills.compare(tmp_path / "whole", other)
+
+
+def test_kills_change_nothing_of_a_run_whose_batch_follows_its_noise(tmp_path, monkeypatch):
+    follow = {"batch.schedule": "follow", "batch.lr_rule": "sqrt", "batch.multiple": 0.3, "batch.look_tokens": 500, "batch.max_tokens": 256}
+    for name, value in follow.items():
+        monkeypatch.setitem(kills.FIELDS, name, value)
+    moments = kills.trial(tmp_path, 3, 48_000, seed=2)
+    assert len(moments) == 3
+    assert {record["batch/batch_tokens"] for record in kills.comparable(tmp_path / "killed") if "batch/batch_tokens" in record} == {
+        64,
+        128,
+        256,
+    }

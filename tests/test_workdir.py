@@ -5,7 +5,7 @@ import pytest
 
 from scaling_jax.config import default_config
 from scaling_jax.errors import UserError
-from scaling_jax.train.workdir import claim, release, write_json
+from scaling_jax.train.workdir import claim, digest, read_identity, release, write_json
 
 
 def claim_once(workdir: Path, fingerprint: str = "data", overwrite: bool = False, **train: int) -> None:
@@ -31,6 +31,25 @@ def test_a_workdir_belongs_to_one_run(tmp_path: Path):
         claim_once(run, "other")
     assert (run / "config.json").read_bytes() == before
     claim_once(run)  # every refusal freed the lock
+
+
+def test_identity_that_is_no_field_counts_too(tmp_path: Path):
+    run, start = tmp_path / "run", {"identity": "0123", "tokens": 5}
+    release(claim(run, default_config(), "data", others={"start": start, "batch.follow": "law 1"}))
+    release(claim(run, default_config(), "data", others={"start": start, "batch.follow": "law 1"}))
+    for others, words in (
+        ({"batch.follow": "law 1"}, r"  start: \{'identity': '0123', 'tokens': 5\} there, 'absent' here"),
+        ({"start": start | {"tokens": 6}, "batch.follow": "law 1"}, "'tokens': 5} there, {'identity': '0123', 'tokens': 6} here"),
+        ({"start": start, "batch.follow": "law 2"}, "config.batch.follow: 'law 1' there, 'law 2' here"),
+    ):
+        with pytest.raises(UserError, match=words):
+            claim(run, default_config(), "data", others=others)
+    identity = read_identity(run)
+    assert identity["start"] == start and digest(identity) == digest(dict(reversed(identity.items()))) != digest(
+        identity | {"train.seed": 1}
+    )
+    with pytest.raises(UserError, match="holds no run"):
+        read_identity(tmp_path)
 
 
 def test_the_lock_lasts_until_release(tmp_path: Path):

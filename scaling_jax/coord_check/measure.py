@@ -64,6 +64,8 @@ def check_config(config: ConfigDict, axis: str, size: int, lr: float | None = No
     config.parametrization.output_init = "zero"
     config.optimizer.lr, config.optimizer.weight_decay = lr or config.optimizer.lr, 0.0
     config.schedule.name, config.schedule.warmup_tokens = "constant", 0
+    config.batch.schedule, config.batch.stages, config.batch.lr_rule = "constant", (), "none"
+    config.noise_scale.preconditioned = False
     config.train.accumulation = 1
     for mesh_axis in config.mesh:
         config.mesh[mesh_axis] = 1

@@ -60,6 +60,7 @@ def coord_check(config: ConfigDict, check: Check, out: str | Path, overwrite: bo
     model = load_model(check.model, *configs.values())
     sequences = max(1, check.batch_tokens // config.model.context)
     read = config.copy_and_resolve_references()
+    read.batch.schedule, read.batch.stages = "constant", ()
     read.train.tokens = sequences * config.model.context  # of all that the run would read
     data = open_run_data(read, verify=config.data.verify)
     tokens_BxL = data.train.batch(0, sequences)

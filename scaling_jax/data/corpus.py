@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from scaling_jax.config import total_steps
+from scaling_jax.batch_schedule import end_tokens
 from scaling_jax.data.shards import VERSION, TokenIndex, TokenStream, is_token_directory
 from scaling_jax.data.source import TokenSource, spread_blocks
 from scaling_jax.data.tokenize import tokenize_files
@@ -44,7 +44,7 @@ def open_run_data(config: ConfigDict, verify: bool = False) -> RunData:
     """Opens, and at first use makes, the data that `config` names.
 
     Args:
-      config: the fields data.*, model.context, model.vocab_size, train.tokens, train.batch_tokens, train.seed, eval.tokens.
+      config: the fields data.*, model.context, model.vocab_size, train.tokens, train.batch_tokens, batch.*, train.seed, eval.tokens.
       verify: compare every shard with its checksum, which reads all data. (The built-in corpus is always compared.)
 
     Raises:
@@ -77,7 +77,7 @@ def open_run_data(config: ConfigDict, verify: bool = False) -> RunData:
         train_tokens=config.data.train_tokens,
         repeat=config.data.repeat,
     )
-    source.check_length(total_steps(config) * config.train.batch_tokens)
+    source.check_length(end_tokens(config))
     return RunData(source, domains, train.index.vocab_size, train.index.fingerprint)
 
 

@@ -8,17 +8,21 @@ are unbiased, and tr Σ / |G|² is the simple noise scale in sequences. The rati
 both are averaged over a window of tokens first and divided last. Neither is clamped: |G|² of a step may be negative.
 
 The window is kept as at most `blocks` consecutive blocks of equal length in tokens; while the run is younger than the window,
-full blocks are merged in pairs. Blocks that are long against the correlation time are nearly independent, so the spread of
-their means gives the standard error with autocorrelation allowed for, and Fieller's theorem turns it into an interval for the
-ratio of the window's means. That interval has no upper end where |G|² cannot be told from zero.
+full blocks are merged in pairs. Blocks that are long against the correlation time are nearly independent, and what is left of the
+correlation of neighbours is allowed for. So the spread of their means about a line gives the standard error, and Fieller's theorem
+turns it into an interval for the ratio of the window's means. The line is there because a truth that drifts steadily over the
+window is not noise: the interval is for the ratio of the true values' means, weighted as the estimates are. It has no upper end
+where |G|² cannot be told from zero. docs/noise_scale.md has its coverage in simulated runs.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+HIGHEST = jax.lax.Precision.HIGHEST  # products of matrices are rounded to bfloat16 on a TPU otherwise
 MIN_BLOCKS = 8  # fewer give no interval: their spread is not known well enough
 
 
@@ -34,7 +38,7 @@ class NoiseScaleState(NamedTuple):
 
 
 class NoiseScale(NamedTuple):
-    """One reading: means over the window, per group, then (last entry) of all groups together.
+    """One reading: means over the window, of each sum of groups that was asked for.
 
     `sequences` is tr Σ / |G|² (nan where |G|² ≤ 0), `low` and `high` its 95% interval: nan while unknown, high inf where open.
     """
@@ -100,24 +104,41 @@ def update(state: NoiseScaleState, tokens: Array | float, grad_sq_G: Array, grad
     return jax.lax.cond(at == blocks, make_room, lambda state: state, state)
 
 
-def read(state: NoiseScaleState, window_tokens: float) -> NoiseScale:
-    """Means over the window, their ratio in sequences and its 95% interval; per group, then of all.
+def read(
+    state: NoiseScaleState, window_tokens: float, sums_RxG: np.ndarray | None = None, *, decay_tokens: float | None = None
+) -> NoiseScale:
+    """Means over the window, their ratio in sequences and its 95% interval.
 
     The window is the newest `window_tokens`, to a whole block, and never more than the later half of what was seen: the large
     gradients of a run's start would otherwise rule its mean long after.
+
+    Args:
+      state: what `update` returned last.
+      window_tokens: as it was given to `update`.
+      sums_RxG: zeros and ones, the groups that each reading adds up; by default each group, and last all together.
+      decay_tokens: weights fall by a factor e over so many tokens, an exponential moving average, to a whole block; None weighs
+        all of the window alike. A window of 5 times as much leaves out next to nothing; one of more than 8 times as much may hold
+        too few blocks of some weight for an interval.
+
+    Returns:
+      Arrays [R].
     """
+    if sums_RxG is None:
+        groups = state.grad_sq_KxG.shape[1]
+        sums_RxG = np.concatenate([np.eye(groups), np.ones((1, groups))])
     newer_K = jnp.cumsum(state.tokens_K[::-1])[::-1] - state.tokens_K
-    tokens_K = jnp.where(newer_K < jnp.minimum(window_tokens, state.seen_tokens / 2), state.tokens_K, 0.0)
+    weights_K = jnp.where(newer_K < jnp.minimum(window_tokens, state.seen_tokens / 2), state.tokens_K, 0.0)
+    if decay_tokens is not None:
+        weights_K = weights_K * jnp.exp(-(newer_K + state.tokens_K / 2) / decay_tokens)
 
-    def with_total(x_KxG):
-        x_KxG = jnp.concatenate([x_KxG, x_KxG.sum(1, keepdims=True)], axis=1)
-        return x_KxG / jnp.maximum(state.tokens_K, 1.0)[:, None]
+    def means(x_KxG):  # sums of products, not matrix products: those are rounded to bfloat16 on a TPU
+        x_KxR = jnp.sum(x_KxG[:, None, :] * sums_RxG.astype(np.float32)[None], axis=2)
+        return x_KxR / jnp.maximum(state.tokens_K, 1.0)[:, None]
 
-    grad_sq_KxG, grad_trace_KxG = with_total(state.grad_sq_KxG), with_total(state.grad_trace_KxG)
-    total = jnp.maximum(tokens_K.sum(), 1.0)
-    intervals = jax.vmap(ratio_interval, in_axes=(None, 1, 1))(tokens_K, grad_sq_KxG, grad_trace_KxG)
-    # Sums of products, not matrix products: those are rounded to bfloat16 on a TPU.
-    grad_sq, grad_trace = (jnp.sum(tokens_K[:, None] * x_KxG, axis=0) / total for x_KxG in (grad_sq_KxG, grad_trace_KxG))
+    grad_sq_KxR, grad_trace_KxR = means(state.grad_sq_KxG), means(state.grad_trace_KxG)
+    intervals = jax.vmap(ratio_interval, in_axes=(None, 1, 1))(weights_K, grad_sq_KxR, grad_trace_KxR)
+    total = jnp.maximum(weights_K.sum(), 1e-30)
+    grad_sq, grad_trace = (jnp.sum(weights_K[:, None] * x_KxR, axis=0) / total for x_KxR in (grad_sq_KxR, grad_trace_KxR))
     return NoiseScale(grad_sq, grad_trace, *intervals)
 
 
@@ -137,11 +158,11 @@ def ratio_interval(weights_K: Array, grad_sq_K: Array, grad_trace_K: Array) -> t
     grad_sq_K, grad_trace_K, unit = grad_sq_K / sq_unit, grad_trace_K / trace_unit, trace_unit / sq_unit
     w_K = weights_K / jnp.maximum(jnp.sum(weights_K), 1e-30)
     a, b = jnp.sum(w_K * grad_sq_K), jnp.sum(w_K * grad_trace_K)
-    effective = 1 / jnp.maximum(jnp.sum(w_K**2), 1e-30)  # number of blocks, were they equal
-    off_a_K, off_b_K = w_K * (grad_sq_K - a), w_K * (grad_trace_K - b)
-    # t² times the covariance of the two weighted means
-    t_sq = _t_quantile(jnp.maximum(effective - 1, 3.0)) ** 2 * effective / jnp.maximum(effective - 1, 1e-6)
-    t_sq_aa, t_sq_ab, t_sq_bb = (t_sq * jnp.sum(p_K * q_K) for p_K, q_K in ((off_a_K,) * 2, (off_a_K, off_b_K), (off_b_K,) * 2))
+    deviations_DxK, dof = _deviations(w_K)
+    # Less the mean first: it may be large against the spread.
+    off_a_D, off_b_D = (jnp.matmul(deviations_DxK, x_K, precision=HIGHEST) for x_K in (grad_sq_K - a, grad_trace_K - b))
+    t_sq = _t_quantile(jnp.maximum(dof, 3.0)) ** 2  # times the covariance of the two weighted means
+    t_sq_aa, t_sq_ab, t_sq_bb = (t_sq * jnp.sum(p_D * q_D) for p_D, q_D in ((off_a_D,) * 2, (off_a_D, off_b_D), (off_b_D,) * 2))
     # (b − r·a)² ≤ t²·(V_bb − 2r·V_ab + r²·V_aa), a quadratic in r: A·r² − 2B·r + C ≤ 0.
     A, B, C = a**2 - t_sq_aa, a * b - t_sq_ab, b**2 - t_sq_bb
     root = jnp.sqrt(jnp.maximum(B**2 - A * C, 0.0))
@@ -154,12 +175,39 @@ def ratio_interval(weights_K: Array, grad_sq_K: Array, grad_trace_K: Array) -> t
     low = jnp.maximum(jnp.where(closed, (B - root) / safe_A, jnp.where(A > 0, jnp.nan, open_low)), 0.0)
     low = jnp.where(low > ratio, ratio, low)  # rounding, or a negative tr Σ
     high = jnp.where(closed, (B + root) / safe_A, jnp.where(A > 0, jnp.nan, jnp.inf))
-    known = effective >= MIN_BLOCKS - 0.5
+    known = jnp.sum(w_K**2) <= 1 / (MIN_BLOCKS - 0.5)  # the inverse is the number of blocks, were they equal
     return unit * ratio, jnp.where(known, unit * low, jnp.nan), jnp.where(known, unit * high, jnp.nan)
 
 
+def _deviations(w_K: Array) -> tuple[Array, Array]:
+    """The standard error of a weighted mean of blocks in time, as D = K + 1 numbers whose squares sum to its variance.
+
+    They are the weighted blocks less mean and linear trend, each added to the one before it, so that the correlation of neighbours
+    counts (half of it: the Bartlett window of Newey & West 1987, which cannot make a variance negative). They are scaled to be
+    unbiased for independent blocks of equal variance.
+
+    Args:
+      w_K: weights that sum to 1.
+
+    Returns:
+      the matrix [D, K] that takes blocks to these numbers, and the degrees of freedom of the sum of their squares by its first two
+      moments (Satterthwaite 1946).
+    """
+    blocks = w_K.shape[0]
+    time_K = jnp.arange(blocks) / blocks
+    time_K = time_K - jnp.sum(w_K * time_K)
+    slope_K = w_K * time_K / jnp.maximum(jnp.sum(w_K * time_K**2), 1e-30)  # of a least-squares line, Σ slope·x
+    residual_KxK = jnp.eye(blocks) - w_K[None] - time_K[:, None] * slope_K[None]
+    padded = jnp.pad(w_K[:, None] * residual_KxK, ((1, 1), (0, 0)))
+    pairs_DxK = padded[1:] + padded[:-1]
+    total = jnp.maximum(jnp.sum(pairs_DxK**2), 1e-30)
+    products_DxD = jnp.matmul(pairs_DxK, pairs_DxK.T, precision=HIGHEST)
+    dof = total**2 / jnp.maximum(jnp.sum(products_DxD**2), 1e-30)
+    return pairs_DxK * jnp.sqrt(jnp.sum(w_K**2) / total), dof
+
+
 def _t_quantile(dof: Array) -> Array:
-    """Student's t at 0.975 by the Cornish-Fisher series (Abramowitz & Stegun 26.7.5); 0.1% off at 7 degrees of freedom."""
+    """Student's t at 0.975 by the Cornish-Fisher series (Abramowitz & Stegun 26.7.5); 0.1% off at 3 degrees of freedom."""
     z = 1.959963985
     g1 = (z**3 + z) / 4
     g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96

@@ -8,7 +8,10 @@ accumulation and any sharding,
 
     grads, sq_norms_B = jax.grad(loss, argnums=(0, 1))(params, jnp.zeros(B))
 
-gives the gradient and every sequence's squared gradient norm together. Slices of a probe [B, groups] give the same per group.
+gives the gradient and every sequence's squared gradient norm together. A probe for each group of layers gives the same per group.
+
+With a `metric`, an array P like the parameter, the probe is [B, 2]: the second column's cotangent is Σ P·C_b², the squared norm in
+that metric. With an optimizer's own P, from its moments before this batch, that is what tr(PΣ)/(GᵀPG) needs. P is not differentiated.
 
 The contributions are those of the loss as it is written: under a mean over B sequences each C_b carries 1/B, and the squared
 norm of sequence b's own gradient is B²·‖C_b‖².
@@ -28,8 +31,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+_LARGEST_PRODUCT = 1 << 24  # entries of one sequence's product that are held at a time: 64 MB
 
-def dense(x_BxLxI: Array, w_IxO: Array, probe_B: Array | None = None, *, shards: int = 1, out_dtype: jnp.dtype | None = None) -> Array:
+
+def dense(
+    x_BxLxI: Array,
+    w_IxO: Array,
+    probe_B: Array | None = None,
+    metric_IxO: Array | None = None,
+    *,
+    shards: int = 1,
+    out_dtype: jnp.dtype | None = None,
+) -> Array:
     """y = x·W, computed in the dtype of x; with a probe the gradient of W is summed in float32.
 
     Without one it is what autodiff makes of it: summed in float32 and rounded to the dtype of x.
@@ -38,6 +51,7 @@ def dense(x_BxLxI: Array, w_IxO: Array, probe_B: Array | None = None, *, shards:
       x_BxLxI: inputs.
       w_IxO: weights, float32; cast to the dtype of x for the product.
       probe_B: float32 zeros, or None for the plain layer (which then also has forward-mode and second derivatives).
+      metric_IxO: P, not negative, of any float dtype; the probe is then [B, 2].
       shards: devices that shard the batch; divides B.
       out_dtype: of y; default that of x. Logits are wanted in float32.
 
@@ -47,17 +61,28 @@ def dense(x_BxLxI: Array, w_IxO: Array, probe_B: Array | None = None, *, shards:
     if probe_B is None:
         return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards, out_dtype)
     _check_shards(x_BxLxI.shape[0], shards)
-    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B)
+    _check_probe(probe_B, metric_IxO)
+    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metric_IxO)
 
 
-def dense_many(x_BxLxI: Array, ws_IxO: Sequence[Array], probe_B: Array | None = None, *, shards: int = 1, joined: bool) -> list[Array]:
+def dense_many(
+    x_BxLxI: Array,
+    ws_IxO: Sequence[Array],
+    probe_B: Array | None = None,
+    metrics_IxO: Sequence[Array] | None = None,
+    *,
+    shards: int = 1,
+    joined: bool,
+) -> list[Array]:
     """[dense(x, w, probe) for each w], as one wide product if `joined`: fewer and larger products, which pays on one device.
 
     Where the output dimension is sharded, leave `joined` off: joining would move the shards.
     """
-    if not joined:
-        return [dense(x_BxLxI, w_IxO, probe_B, shards=shards) for w_IxO in ws_IxO]
-    y_BxLxO = dense(x_BxLxI, jnp.concatenate(ws_IxO, axis=1), probe_B, shards=shards)
+    if not joined or len(ws_IxO) == 1:
+        metrics_IxO = metrics_IxO or [None] * len(ws_IxO)
+        return [dense(x_BxLxI, w_IxO, probe_B, p_IxO, shards=shards) for w_IxO, p_IxO in zip(ws_IxO, metrics_IxO, strict=True)]
+    metric_IxO = jnp.concatenate(metrics_IxO, axis=1) if metrics_IxO else None
+    y_BxLxO = dense(x_BxLxI, jnp.concatenate(ws_IxO, axis=1), probe_B, metric_IxO, shards=shards)
     ends = list(itertools.accumulate(w_IxO.shape[1] for w_IxO in ws_IxO))
     return jnp.split(y_BxLxO, ends[:-1], axis=2)
 
@@ -71,32 +96,54 @@ def _product(x_BxLxI: Array, w_IxO: Array, shards: int, out_dtype: jnp.dtype | N
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B):
+def _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metric_IxO):
     return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards, out_dtype)
 
 
-def _dense_fwd(shards, out_dtype, x_BxLxI, w_IxO, probe_B):
-    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B), (x_BxLxI, w_IxO)
+def _dense_fwd(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metric_IxO):
+    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metric_IxO), (x_BxLxI, w_IxO, metric_IxO)
 
 
 def _dense_bwd(shards, out_dtype, residuals, dy_BxLxO):
-    x_BxLxI, w_IxO = residuals
+    x_BxLxI, w_IxO, metric_IxO = residuals
     dy_BxLxO = dy_BxLxO.astype(x_BxLxI.dtype)
     dx_BxLxI = _product(dy_BxLxO, w_IxO.T.astype(x_BxLxI.dtype), shards)
-    dw_IxO, sq_norms_B = _sum_of_products(x_BxLxI, dy_BxLxO, shards)
-    return dx_BxLxI, dw_IxO.astype(w_IxO.dtype), sq_norms_B
+    dw_IxO, sq_norms_B = _sum_of_products(x_BxLxI, dy_BxLxO, shards, metric_IxO)
+    return dx_BxLxI, dw_IxO.astype(w_IxO.dtype), sq_norms_B, None
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)
 
 
-def _sum_of_products(x_BxLxI: Array, dy_BxLxO: Array, shards: int) -> tuple[Array, Array]:
-    """Σ_b x_bᵀ·dy_b and ‖x_bᵀ·dy_b‖², float32, summed one sequence of each shard at a time."""
+def _sum_of_products(x_BxLxI: Array, dy_BxLxO: Array, shards: int, metric_IxO: Array | None) -> tuple[Array, Array]:
+    """C = Σ_b x_bᵀ·dy_b and the squares of each C_b, float32; of a large matrix with O ≥ I, a readout's, some rows at a time.
+
+    Rows and not columns, as it is the columns of such a matrix that lie across devices.
+    """
+    (_, length, rows), columns = x_BxLxI.shape, dy_BxLxO.shape[2]
+    fitting = (n for n in range(1, rows + 1) if rows % n == 0 and rows // n * columns <= _LARGEST_PRODUCT)
+    tiles = next(fitting, 1) if columns >= rows else 1
+    if tiles == 1:
+        return _sum_by_sequence(x_BxLxI, dy_BxLxO, shards, metric_IxO)
+    x_TxBxLxI = jnp.moveaxis(x_BxLxI.reshape(-1, length, tiles, rows // tiles), 2, 0)
+    metric_TxIxO = None if metric_IxO is None else metric_IxO.reshape(tiles, -1, columns)
+
+    def add(sq_norms_B, tile):
+        product_IxO, more_B = _sum_by_sequence(tile[0], dy_BxLxO, shards, tile[1])
+        return sq_norms_B + more_B, product_IxO
+
+    zeros_B = jnp.zeros(x_BxLxI.shape[:1] + (() if metric_IxO is None else (2,)), jnp.float32)
+    sq_norms_B, products_TxIxO = jax.lax.scan(add, zeros_B, (x_TxBxLxI, metric_TxIxO))
+    return products_TxIxO.reshape(rows, columns), sq_norms_B
+
+
+def _sum_by_sequence(x_BxLxI: Array, dy_BxLxO: Array, shards: int, metric_IxO: Array | None) -> tuple[Array, Array]:
+    """The same, one sequence of each shard at a time."""
     if shards == 1:  # XLA's CPU backend is faster at products of two dimensions than of three
 
         def add_one(total_IxO, x_and_dy):
             product_IxO = jnp.einsum("li,lo->io", *x_and_dy, preferred_element_type=jnp.float32)
-            return total_IxO + product_IxO, jnp.sum(jnp.square(product_IxO))
+            return total_IxO + product_IxO, _squares(product_IxO, metric_IxO)
 
         zeros_IxO = jnp.zeros((x_BxLxI.shape[2], dy_BxLxO.shape[2]), jnp.float32)
         return jax.lax.scan(add_one, zeros_IxO, (x_BxLxI, dy_BxLxO))
@@ -105,11 +152,23 @@ def _sum_of_products(x_BxLxI: Array, dy_BxLxO: Array, shards: int) -> tuple[Arra
 
     def add(total_DxIxO, x_and_dy):
         product_DxIxO = jnp.einsum("dli,dlo->dio", *x_and_dy, preferred_element_type=jnp.float32)
-        return total_DxIxO + product_DxIxO, jnp.sum(jnp.square(product_DxIxO), axis=(1, 2))
+        return total_DxIxO + product_DxIxO, jax.vmap(_squares, in_axes=(0, None))(product_DxIxO, metric_IxO)
 
     zeros_DxIxO = jnp.zeros((shards, x_BxLxI.shape[2], dy_BxLxO.shape[2]), jnp.float32)
     total_DxIxO, sq_norms_NxD = jax.lax.scan(add, zeros_DxIxO, (x_NxDxLxI, dy_NxDxLxO))
-    return total_DxIxO.sum(0), sq_norms_NxD.T.reshape(-1)
+    return total_DxIxO.sum(0), sq_norms_NxD.swapaxes(0, 1).reshape(-1, *sq_norms_NxD.shape[2:])
+
+
+def _squares(product: Array, metric: Array | None) -> Array:
+    """Σ C² of one sequence; with a metric [Σ C², Σ P·C²]."""
+    square = jnp.square(product)
+    return jnp.sum(square) if metric is None else jnp.stack([jnp.sum(square), jnp.sum(square * metric.astype(jnp.float32))])
+
+
+def _check_probe(probe_B: Array, metric: Array | None) -> None:
+    wanted = probe_B.shape[:1] if metric is None else (*probe_B.shape[:1], 2)
+    if probe_B.shape != wanted:
+        raise ValueError(f"a probe of shape {probe_B.shape}: must be {wanted}, one column, or two columns with a metric")
 
 
 def _by_shard(x_B: Array, shards: int) -> Array:
@@ -122,56 +181,68 @@ def _check_shards(batch: int, shards: int) -> None:
         raise ValueError(f"a batch of {batch} sequences cannot be divided among {shards} shards")
 
 
-def scale(x_BxLxD: Array, gain_D: Array, probe_B: Array | None = None) -> Array:
+def scale(x_BxLxD: Array, gain_D: Array, probe_B: Array | None = None, metric_D: Array | None = None) -> Array:
     """y = x·gain, elementwise. The cotangent of probe_B is ‖Σ_l dy_bl·x_bl‖²: summed over positions first, then squared."""
     if probe_B is None:
         return x_BxLxD * gain_D.astype(x_BxLxD.dtype)[None, None]
-    return _scale(x_BxLxD, gain_D, probe_B)
+    _check_probe(probe_B, metric_D)
+    return _scale(x_BxLxD, gain_D, probe_B, metric_D)
 
 
 @jax.custom_vjp
-def _scale(x_BxLxD: Array, gain_D: Array, probe_B: Array) -> Array:
+def _scale(x_BxLxD, gain_D, probe_B, metric_D):
     return x_BxLxD * gain_D.astype(x_BxLxD.dtype)[None, None]
 
 
-def _scale_fwd(x_BxLxD, gain_D, probe_B):
-    return _scale(x_BxLxD, gain_D, probe_B), (x_BxLxD, gain_D)
+def _scale_fwd(x_BxLxD, gain_D, probe_B, metric_D):
+    return _scale(x_BxLxD, gain_D, probe_B, metric_D), (x_BxLxD, gain_D, metric_D)
 
 
 def _scale_bwd(residuals, dy_BxLxD):
-    x_BxLxD, gain_D = residuals
+    x_BxLxD, gain_D, metric_D = residuals
     product_BxD = jnp.sum(dy_BxLxD.astype(jnp.float32) * x_BxLxD.astype(jnp.float32), axis=1)
-    return dy_BxLxD * gain_D.astype(dy_BxLxD.dtype)[None, None], product_BxD.sum(0).astype(gain_D.dtype), jnp.sum(product_BxD**2, axis=1)
+    sq_norms_B = jax.vmap(_squares, in_axes=(0, None))(product_BxD, metric_D)
+    return dy_BxLxD * gain_D.astype(dy_BxLxD.dtype)[None, None], product_BxD.sum(0).astype(gain_D.dtype), sq_norms_B, None
 
 
 _scale.defvjp(_scale_fwd, _scale_bwd)
 
 
-def bias(x_BxLxD: Array, bias_D: Array, probe_B: Array | None = None) -> Array:
+def bias(x_BxLxD: Array, bias_D: Array, probe_B: Array | None = None, metric_D: Array | None = None) -> Array:
     """y = x + bias. The cotangent of probe_B is ‖Σ_l dy_bl‖²."""
     if probe_B is None:
         return x_BxLxD + bias_D.astype(x_BxLxD.dtype)[None, None]
-    return _bias(x_BxLxD, bias_D, probe_B)
+    _check_probe(probe_B, metric_D)
+    return _bias(x_BxLxD, bias_D, probe_B, metric_D)
 
 
 @jax.custom_vjp
-def _bias(x_BxLxD: Array, bias_D: Array, probe_B: Array) -> Array:
+def _bias(x_BxLxD, bias_D, probe_B, metric_D):
     return x_BxLxD + bias_D.astype(x_BxLxD.dtype)[None, None]
 
 
-def _bias_fwd(x_BxLxD, bias_D, probe_B):
-    return _bias(x_BxLxD, bias_D, probe_B), bias_D
+def _bias_fwd(x_BxLxD, bias_D, probe_B, metric_D):
+    return _bias(x_BxLxD, bias_D, probe_B, metric_D), (bias_D, metric_D)
 
 
-def _bias_bwd(bias_D, dy_BxLxD):
+def _bias_bwd(residuals, dy_BxLxD):
+    bias_D, metric_D = residuals
     sum_BxD = jnp.sum(dy_BxLxD.astype(jnp.float32), axis=1)
-    return dy_BxLxD, sum_BxD.sum(0).astype(bias_D.dtype), jnp.sum(sum_BxD**2, axis=1)
+    sq_norms_B = jax.vmap(_squares, in_axes=(0, None))(sum_BxD, metric_D)
+    return dy_BxLxD, sum_BxD.sum(0).astype(bias_D.dtype), sq_norms_B, None
 
 
 _bias.defvjp(_bias_fwd, _bias_bwd)
 
 
-def embed(table_VxD: Array, tokens_BxL: Array, probe_B: Array | None = None, *, dtype: jnp.dtype = jnp.float32) -> Array:
+def embed(
+    table_VxD: Array,
+    tokens_BxL: Array,
+    probe_B: Array | None = None,
+    metric_VxD: Array | None = None,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+) -> Array:
     """Rows of the table, in `dtype`; their gradient is summed in float32.
 
     The cotangent of probe_B is Σ_{l,m} [token_l = token_m]·(dx_l·dx_m), the squared norm of the per-sequence scatter-add
@@ -179,10 +250,12 @@ def embed(table_VxD: Array, tokens_BxL: Array, probe_B: Array | None = None, *, 
     """
     if probe_B is None:
         return jnp.take(table_VxD, tokens_BxL, axis=0).astype(dtype)
-    return embed_tied(table_VxD, tokens_BxL, probe_B, dtype=dtype)[0]
+    return embed_tied(table_VxD, tokens_BxL, probe_B, metric_VxD, dtype=dtype)[0]
 
 
-def embed_tied(table_VxD: Array, tokens_BxL: Array, probe_B: Array, *, dtype: jnp.dtype = jnp.float32) -> tuple[Array, Array]:
+def embed_tied(
+    table_VxD: Array, tokens_BxL: Array, probe_B: Array, metric_VxD: Array | None = None, *, dtype: jnp.dtype = jnp.float32
+) -> tuple[Array, Array]:
     """The embedding of a tied pair: rows of the table, and an all-zero carrier to hand to `unembed_tied`.
 
     Both uses of the table contribute to one gradient, so the squared norm has a cross term 2·Σ_l dx_l·u_l, with
@@ -191,33 +264,54 @@ def embed_tied(table_VxD: Array, tokens_BxL: Array, probe_B: Array, *, dtype: jn
     Returns:
       x_BxLxD, carrier_BxLxD (float32 zeros).
     """
-    return _embed(dtype, table_VxD, tokens_BxL, probe_B)
+    _check_probe(probe_B, metric_VxD)
+    return _embed(dtype, table_VxD, tokens_BxL, probe_B, metric_VxD)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _embed(dtype, table_VxD, tokens_BxL, probe_B):
+def _embed(dtype, table_VxD, tokens_BxL, probe_B, metric_VxD):
     x_BxLxD = jnp.take(table_VxD, tokens_BxL, axis=0).astype(dtype)
     return x_BxLxD, jnp.zeros(x_BxLxD.shape, jnp.float32)
 
 
-def _embed_fwd(dtype, table_VxD, tokens_BxL, probe_B):
-    return _embed(dtype, table_VxD, tokens_BxL, probe_B), (table_VxD, tokens_BxL)
+def _embed_fwd(dtype, table_VxD, tokens_BxL, probe_B, metric_VxD):
+    return _embed(dtype, table_VxD, tokens_BxL, probe_B, metric_VxD), (table_VxD, tokens_BxL, metric_VxD)
 
 
 def _embed_bwd(dtype, residuals, cotangents):
-    table_VxD, tokens_BxL = residuals
+    table_VxD, tokens_BxL, metric_VxD = residuals
     dx_BxLxD, u_BxLxD = (c.astype(jnp.float32) for c in cotangents)
     dtable_VxD = jnp.zeros(table_VxD.shape, jnp.float32).at[tokens_BxL].add(dx_BxLxD)
     same_BxLxL = tokens_BxL[:, :, None] == tokens_BxL[:, None, :]
-    gram_BxLxL = jnp.einsum("bld,bmd->blm", dx_BxLxD, dx_BxLxD)
-    sq_norms_B = jnp.sum(jnp.where(same_BxLxL, gram_BxLxL, 0.0), axis=(1, 2)) + 2 * jnp.sum(dx_BxLxD * u_BxLxD, axis=(1, 2))
-    return dtable_VxD.astype(table_VxD.dtype), None, sq_norms_B
+
+    def sq_norms(weighed_BxLxD: Array) -> Array:  # dx, times its rows of the metric
+        gram_BxLxL = jnp.einsum("bld,bmd->blm", weighed_BxLxD, dx_BxLxD)
+        return jnp.sum(jnp.where(same_BxLxL, gram_BxLxL, 0.0), axis=(1, 2)) + 2 * jnp.sum(weighed_BxLxD * u_BxLxD, axis=(1, 2))
+
+    sq_norms_B = sq_norms(dx_BxLxD)
+    if metric_VxD is not None:
+        sq_norms_B = jnp.stack([sq_norms_B, sq_norms(dx_BxLxD * jnp.take(metric_VxD, tokens_BxL, axis=0).astype(jnp.float32))], axis=1)
+    return dtable_VxD.astype(table_VxD.dtype), None, sq_norms_B, None
 
 
 _embed.defvjp(_embed_fwd, _embed_bwd)
 
 
-def unembed_tied(h_BxLxD: Array, table_VxD: Array, tokens_BxL: Array, carrier_BxLxD: Array, probe_B: Array, *, shards: int = 1) -> Array:
+def unembed(h_BxLxD: Array, w_DxV: Array, probe_B: Array | None = None, metric_DxV: Array | None = None, *, shards: int = 1) -> Array:
+    """Logits h·W of a readout of its own, float32 whatever the dtype of h: `dense` under the name that one looks for."""
+    return dense(h_BxLxD, w_DxV, probe_B, metric_DxV, shards=shards, out_dtype=jnp.float32)
+
+
+def unembed_tied(
+    h_BxLxD: Array,
+    table_VxD: Array,
+    tokens_BxL: Array,
+    carrier_BxLxD: Array,
+    probe_B: Array,
+    metric_VxD: Array | None = None,
+    *,
+    shards: int = 1,
+) -> Array:
     """Logits h·tableᵀ of a tied pair.
 
     Args:
@@ -226,32 +320,36 @@ def unembed_tied(h_BxLxD: Array, table_VxD: Array, tokens_BxL: Array, carrier_Bx
       tokens_BxL: the tokens that it read.
       carrier_BxLxD: the carrier that it returned.
       probe_B: the same probe.
+      metric_VxD: the same metric.
       shards: devices that shard the batch; divides B.
 
     Returns:
       logits_BxLxV, float32.
     """
     _check_shards(h_BxLxD.shape[0], shards)
-    return _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B)
+    _check_probe(probe_B, metric_VxD)
+    return _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B, metric_VxD)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B):
+def _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B, metric_VxD):
     return _product(h_BxLxD, table_VxD.T.astype(h_BxLxD.dtype), shards, jnp.float32)
 
 
-def _unembed_tied_fwd(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B):
-    return _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B), (h_BxLxD, table_VxD, tokens_BxL)
+def _unembed_tied_fwd(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B, metric_VxD):
+    logits_BxLxV = _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B, metric_VxD)
+    return logits_BxLxV, (h_BxLxD, table_VxD, tokens_BxL, metric_VxD)
 
 
 def _unembed_tied_bwd(shards, residuals, dlogits_BxLxV):
-    h_BxLxD, table_VxD, tokens_BxL = residuals
+    h_BxLxD, table_VxD, tokens_BxL, metric_VxD = residuals
     dlogits_BxLxV = dlogits_BxLxV.astype(h_BxLxD.dtype)
     dh_BxLxD = _product(dlogits_BxLxV, table_VxD.astype(h_BxLxD.dtype), shards)
-    dtable_DxV, sq_norms_B = _sum_of_products(h_BxLxD, dlogits_BxLxV, shards)
+    metric_DxV = None if metric_VxD is None else metric_VxD.T
+    dtable_DxV, sq_norms_B = _sum_of_products(h_BxLxD, dlogits_BxLxV, shards, metric_DxV)
     read_BxMxL = jnp.take_along_axis(dlogits_BxLxV, tokens_BxL[:, None, :], axis=2)
     u_BxLxD = jnp.einsum("bml,bmd->bld", read_BxMxL, h_BxLxD, preferred_element_type=jnp.float32)
-    return dh_BxLxD, dtable_DxV.T.astype(table_VxD.dtype), None, u_BxLxD, sq_norms_B
+    return dh_BxLxD, dtable_DxV.T.astype(table_VxD.dtype), None, u_BxLxD, sq_norms_B, None
 
 
 _unembed_tied.defvjp(_unembed_tied_fwd, _unembed_tied_bwd)

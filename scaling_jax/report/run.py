@@ -3,18 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-from scaling_jax.report.figures import loss_figure, noise_exponent, noise_figure
+from scaling_jax.report.critical_batch import critical_batch_figure, critical_batches, write_laws
+from scaling_jax.report.figures import loss_figure, noise_figure
 from scaling_jax.train.metrics import human, read_records
-from scaling_jax.train.workdir import FIGURES, SUMMARY_FILE, write_json
+from scaling_jax.train.workdir import FIGURES, LAWS, SUMMARY_FILE, write_json
+
+CRITICAL_BATCH_FIGURE = "critical_batch.png"
+_NOISE_SCALES = {"noise": ("", "noise scale"), "preconditioned": ("preconditioned_", "preconditioned noise")}  # prefix of keys, row
 
 
 def report_run(workdir: str | Path, summary: dict[str, Any]) -> str:
-    """Draws DIR/figures, adds the noise scale's exponent to summary.json, and returns the table."""
+    """Draws DIR/figures, writes DIR/laws, adds the noise scales' exponents to summary.json, and returns the table."""
     workdir = Path(workdir)
     records = read_records(workdir)
-    law = noise_exponent(records)
-    if law is not None:
-        summary |= {"noise_scale_exponent": law.exponent, "noise_scale_exponent_se": law.exponent_se}
+    found = critical_batches(workdir, records)
+    laws = write_laws(workdir, found)
+    exponents = {}
+    for definition, (prefix, _) in _NOISE_SCALES.items():
+        if definition in laws:
+            key, law = f"{prefix}noise_scale_exponent", laws[definition]
+            exponents |= {key: law.exponent, f"{key}_se": law.exponent_se}
+    if exponents:
+        summary |= exponents
         write_json(workdir / SUMMARY_FILE, summary)
     figures = workdir / FIGURES
     figures.mkdir(exist_ok=True)
@@ -23,10 +33,23 @@ def report_run(workdir: str | Path, summary: dict[str, Any]) -> str:
         for name, draw in (("loss.png", loss_figure), ("noise_scale.png", noise_figure))
         if draw(records, figures / name, summary)
     ]
-    return "\n".join(f"{name:<24}{value}" for name, value in _rows(summary, drawn))
+    if critical_batch_figure(found, laws, records, figures / CRITICAL_BATCH_FIGURE, summary):
+        drawn.append(figures / CRITICAL_BATCH_FIGURE)
+    files = [("law", workdir / LAWS / f"{definition}.json") for definition in laws] + [("figure", path) for path in drawn]
+    return "\n".join(f"{name:<24}{value}" for name, value in [*_rows(summary), *files])
 
 
-def _rows(summary: dict[str, Any], figures: list[Path]) -> list[tuple[str, str]]:
+def draw_critical_batch(workdir: str | Path) -> Path | None:
+    """Draws DIR/figures/critical_batch.png and writes DIR/laws from what the run has by now; None where it has no critical batch."""
+    workdir = Path(workdir)
+    records = read_records(workdir)
+    found = critical_batches(workdir, records)
+    path = workdir / FIGURES / CRITICAL_BATCH_FIGURE
+    path.parent.mkdir(exist_ok=True)
+    return path if critical_batch_figure(found, write_laws(workdir, found), records, path) else None
+
+
+def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("status", summary["status"]),
         ("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps"),
@@ -40,11 +63,13 @@ def _rows(summary: dict[str, Any], figures: list[Path]) -> list[tuple[str, str]]
         domain, se, bits = key.split("/")[1], summary[key + "_se"], summary[key.removesuffix("loss") + "bits_per_byte"]
         error = "" if se is None else f" ± {se:.4f}"
         rows.append((f"{domain} loss", f"{summary[key]:.4f}{error} nats/token, {bits:.3f} bits/byte"))
-    if "noise_scale_tokens" in summary:
-        low, high = summary["noise_scale_tokens_low"], summary["noise_scale_tokens_high"]
-        interval = "no interval yet" if low is None else f"95% interval {human(low)} to {human(high)}"
-        rows.append(("noise scale", f"{human(summary['noise_scale_tokens'])} tokens, {interval}"))
-    if "noise_scale_exponent" in summary:
-        rows.append(("its growth", f"tokens^{summary['noise_scale_exponent']:.2f} ± {summary['noise_scale_exponent_se']:.2f}"))
-    seconds = summary["timing"]["seconds"]
-    return [*rows, ("time", f"{seconds:.0f} s"), *(("figure", str(path)) for path in figures)]
+    for prefix, name in _NOISE_SCALES.values():
+        value, exponent = f"{prefix}noise_scale_tokens", f"{prefix}noise_scale_exponent"
+        if value in summary:
+            low, high = summary[f"{value}_low"], summary[f"{value}_high"]
+            interval = "no interval yet" if low is None else f"95% interval {human(low)} to {human(high)}"
+            known = "not known" if summary[value] is None else f"{human(summary[value])} tokens"  # |G|² came out below zero
+            rows.append((name, f"{known}, {interval}"))
+        if exponent in summary:
+            rows.append(("its growth", f"tokens^{summary[exponent]:.2f} ± {summary[f'{exponent}_se']:.2f}"))
+    return [*rows, ("time", f"{summary['timing']['seconds']:.0f} s")]

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,6 +19,37 @@ from scaling_jax.errors import UserError
 
 DIRECTORY = "checkpoints"
 SET_ASIDE = "unreadable_checkpoints"
+
+
+class Start(NamedTuple):
+    """Where a run begins that continues another one: that one's work directory, and its checkpoint at exactly so many tokens."""
+
+    workdir: Path
+    tokens: int
+
+    def check(self) -> None:
+        """UserError where there is no such checkpoint."""
+        directory = self.workdir / DIRECTORY
+        there = sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal()) if directory.is_dir() else []
+        if self.tokens not in there:
+            names = f"there are {', '.join(map(str, there))}" if there else "there is none"
+            raise UserError(
+                f"{self.workdir}: no checkpoint at {self.tokens} tokens to start from; {names}. config.checkpoint.keep_at_tokens keeps them"
+            )
+
+    def restore(self, abstract_state: Any) -> Any:
+        """The state there, laid out as `abstract_state` says; what is there stays as it is, though its run may still be going on.
+
+        Raises:
+          UserError: the checkpoint is missing or cannot be read.
+        """
+        self.check()
+        directory = (self.workdir / DIRECTORY).absolute()
+        with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+            try:
+                return manager.restore(self.tokens, args=ocp.args.StandardRestore(abstract_state))
+            except Exception as error:  # whatever a damaged file makes the reader raise
+                raise UserError(f"{directory / str(self.tokens)}: cannot be read ({_one_line(error)})") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,34 +7,55 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from scaling_jax import batch_schedule
 from scaling_jax import config as config_lib
 from scaling_jax.data.corpus import RunData, open_run_data
 from scaling_jax.data.source import Prefetcher
 from scaling_jax.errors import UserError
 from scaling_jax.mesh import make_mesh
+from scaling_jax.optimizer import RoleState
+from scaling_jax.train import checkpoint as checkpoint_lib
 from scaling_jax.train import workdir as workdir_lib
 from scaling_jax.train.applied import applied_table
-from scaling_jax.train.checkpoint import Checkpoints
+from scaling_jax.train.batch_size import UNKNOWN, Followed, microbatches, replay
+from scaling_jax.train.checkpoint import Checkpoints, Start
 from scaling_jax.train.evaluate import Evaluator
-from scaling_jax.train.metrics import MetricsWriter, Progress, read_records, train_record
+from scaling_jax.train.metrics import NOISE_KEYS, MetricsWriter, Progress, read_records, train_record
+from scaling_jax.train.noise import PRECONDITIONED
 from scaling_jax.train.step import StepMetrics, Trainer, TrainState, transformer_config
 
 
 class _NotFinite(Exception):
-    """A step whose loss, gradient or held-out loss is not finite; args: tokens."""
+    """A step whose loss, gradient or held-out loss is not finite; args: step, tokens."""
 
 
-def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False) -> dict[str, Any]:
+class _Step(NamedTuple):
+    """A step that was dispatched: its number, tokens seen before and after it, what it saw."""
+
+    number: int
+    before: int
+    tokens: int
+    metrics: StepMetrics
+
+
+def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False, start: Start | None = None) -> dict[str, Any]:
     """Trains, or continues, the run that `config` describes in `workdir`; returns what summary.json holds.
 
-    The summary's `status` is 'finished', 'interrupted' (saved; the same call continues) or 'diverged' (loss or gradient not
-    finite; the last good checkpoint is kept).
+    The summary's `status` is 'finished', 'interrupted' (saved; the same call continues), 'stopped' (at train.stop_at_tokens; saved, and
+    a larger value continues) or 'diverged' (loss or gradient not finite; the last good checkpoint is kept).
+
+    Args:
+      config: of the run.
+      workdir: its directory.
+      overwrite: delete a run that is there first.
+      start: the checkpoint of another run, of the same model, that this run begins with. Parameters, moments, noise scale and
+        position in the data are the checkpoint's; the learning rate, the batch and all else are what `config` says.
 
     Raises:
       UserError: the config, the data, the work directory or the disk do not allow the run.
@@ -44,10 +65,15 @@ def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False) -> d
     config_lib.resolve_mesh(config, len(devices))
     config_lib.validate(config, len(devices))
     data = open_run_data(config, verify=config.data.verify)
-    lock = workdir_lib.claim(workdir, config, data.fingerprint, overwrite)
+    followed = Followed(config)
+    others = {} if followed.fingerprint is None else {"batch.follow": f"law {followed.fingerprint}"}
+    if start is not None:
+        start = Start(Path(start.workdir), start.tokens)
+        others["start"] = _check_start(config, workdir, start, data, overwrite)
+    lock = workdir_lib.claim(workdir, config, data.fingerprint, overwrite, others)
     try:
         with Checkpoints(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_at_tokens) as checkpoints:
-            return _Run(config, workdir, data, checkpoints).run()
+            return _Run(config, workdir, data, checkpoints, followed, start).run()
     except Exception as error:
         if _is_full_disk(error):
             raise UserError(
@@ -64,137 +90,180 @@ def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False) -> d
         workdir_lib.release(lock)
 
 
+def _check_start(config: ConfigDict, workdir: Path, start: Start, data: RunData, overwrite: bool) -> dict[str, Any]:
+    """What a run's identity says of its start; UserError where the run cannot begin there."""
+    where = f"{start.workdir} at {start.tokens} tokens"
+    if workdir.resolve() == start.workdir.resolve():
+        raise UserError(f"--workdir={workdir}: the run starts from there; give another directory")
+    theirs, ours = workdir_lib.read_identity(start.workdir), config_lib.identity(config)
+    same = [name for name in ours if name.startswith(("model.", "parametrization.")) or name == "noise_scale.preconditioned"]
+    differ = [f"config.{name} is {ours[name]}, {theirs.get(name)} there" for name in same if ours[name] != theirs.get(name)]
+    if bool(config.noise_scale.every) != bool(theirs.get("noise_scale.every")):  # the state has the noise's running means, or not
+        differ.append(f"config.noise_scale.every is {config.noise_scale.every}, {theirs.get('noise_scale.every')} there")
+    if differ:
+        raise UserError(f"the run starts from {where}, whose state does not fit: {'; '.join(differ)}")
+    if start.tokens >= config.train.tokens:
+        raise UserError(f"config.train.tokens is {config.train.tokens}: the run starts from {where}; must be more")
+    if overwrite or not any((workdir / checkpoint_lib.DIRECTORY).glob("[0-9]*")):
+        start.check()
+    data.train.check_length(batch_schedule.end_tokens(config, start.tokens))
+    return {"identity": workdir_lib.digest(theirs), "tokens": start.tokens}
+
+
 class _Run:
-    def __init__(self, config: ConfigDict, workdir: Path, data: RunData, checkpoints: Checkpoints):
+    def __init__(self, config: ConfigDict, workdir: Path, data: RunData, checkpoints: Checkpoints, followed: Followed, start: Start | None):
         self.config, self.workdir, self.data, self.checkpoints = config, workdir, data, checkpoints
+        self.followed, self.start = followed, start
         # On one device there is nothing to shard, and the model runs as in anybody's loop.
         mesh = config.mesh
         self.mesh = make_mesh(mesh.replica, mesh.fsdp, mesh.tensor, mesh.member) if len(jax.devices()) > 1 else None
         self.trainer = Trainer(config, self.mesh)
         self.evaluator = Evaluator(config, data, self.trainer)
-        self.progress = Progress(config.train.tokens, config.logging.console_seconds)
-        self.context = config.model.context
-        self.batch_sequences = config_lib.sequences_per_batch(config)
-        self.total_sequences = config_lib.total_steps(config) * self.batch_sequences
+        end_tokens = min(config.train.tokens, config.train.stop_at_tokens or config.train.tokens)
+        self.progress = Progress(end_tokens, config.logging.console_seconds, show_batch=config.batch.schedule != "constant")
+        self.context, self.total_tokens = config.model.context, config.train.tokens
         self.held_out: float | None = None
         self.noise_keys: dict[str, Any] = {}
         self.stop_signal: int | None = None
 
     def run(self) -> dict[str, Any]:
         state, tokens = self.restore_or_init()
-        if tokens >= self.total_sequences * self.context and (finished := workdir_lib.finished_summary(self.workdir)):
+        if tokens >= self.total_tokens and (finished := workdir_lib.finished_summary(self.workdir)):
             self.progress.say(f"{self.workdir}: already finished; --overwrite trains it again")
             return finished
         table = applied_table(self.trainer, state)
         self.table_fingerprint = table["fingerprint"]
         workdir_lib.write_json(self.workdir / workdir_lib.TABLE_FILE, table)
+        self.batch_size, _ = replay(self.config, read_records(self.workdir), self.start.tokens if self.start else 0, tokens)
         self.writer = MetricsWriter(self.workdir, tokens, self.config.logging.tensorboard)
         self.saved_tokens = tokens if tokens in self.checkpoints.tokens() else None
         stops = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
         previous = {number: signal.signal(number, self.on_signal) for number in stops}
         started = time.monotonic()
         try:
-            status, tokens, state = self.steps(state)
+            status, step, tokens = self.steps(state)
             self.checkpoints.wait()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self.progress.end()
             self.writer.close()
-        summary = self.summary(status, tokens, time.monotonic() - started)
+        summary = self.summary(status, step, tokens, time.monotonic() - started)
         workdir_lib.write_json(self.workdir / workdir_lib.SUMMARY_FILE, summary)
         return summary
 
     def restore_or_init(self) -> tuple[TrainState, int]:
         restored = self.checkpoints.restore_latest(self.trainer.abstract_sharded_state, self.progress.say)
         if restored is None:
-            return self.trainer.init(self.config.train.seed), 0
+            state = self.trainer.init(self.config.train.seed)
+            return (state, 0) if self.start is None else (self.started(state), self.start.tokens)
         tokens, state = restored
-        if tokens < self.total_sequences * self.context:
+        if tokens < self.total_tokens:
             self.progress.say(f"continuing from the checkpoint at {tokens:,} tokens")
         return state, tokens
 
-    def steps(self, state: TrainState) -> tuple[str, int, TrainState]:
-        """Trains to the end of the budget, a signal, or a loss that is not finite: (status, tokens, state)."""
-        every = self.config.noise_scale.every
+    def started(self, fresh: TrainState) -> TrainState:
+        """The state at the start, with the learning rates, decays and epsilons of this run's own config."""
+        self.progress.say(f"starting from the checkpoint at {self.start.tokens:,} tokens of {self.start.workdir}")
+        state = self.start.restore(self.trainer.abstract_sharded_state)
+        parts = zip(state.opt_state, fresh.opt_state, strict=True)
+        return state._replace(opt_state=tuple(ours if isinstance(ours, RoleState) else theirs for theirs, ours in parts))
+
+    def steps(self, state: TrainState) -> tuple[str, int, int]:
+        """Trains to the end of the budget, a stop, a signal, or a loss that is not finite: (status, steps, tokens)."""
+        every, stop_tokens = self.config.noise_scale.every, self.config.train.stop_at_tokens or math.inf
         sequences, step = int(state.sequences), int(state.step)
-        pending: tuple[int, int, StepMetrics] | None = None
+        tokens = sequences * self.context
+        decision_due = self.batch_size.next_due(tokens)
+        pending: _Step | None = None
         with Prefetcher(lambda key: self.data.train.batch(*key), self.config.data.prefetch) as batches:
             try:
-                while sequences < self.total_sequences and self.stop_signal is None:
-                    tokens_AxBxL = self.place(batches.get((sequences, self.batch_sequences)))
+                while tokens < min(self.total_tokens, stop_tokens) and self.stop_signal is None:
+                    batch_sequences = self.batch_size.batch_tokens // self.context
+                    tokens_AxBxL = self.place(batches.get((sequences, batch_sequences)))
                     state, metrics = self.trainer.step(state, tokens_AxBxL, bool(every) and (step + 1) % every == 0)
                     # Written while the next step runs, so that the device never waits for the host.
                     self.record(pending)
-                    step, before, sequences = step + 1, sequences, sequences + self.batch_sequences
-                    pending = step, sequences * self.context, metrics
-                    if self.due(before, sequences):
+                    step, sequences, before = step + 1, sequences + batch_sequences, tokens
+                    tokens = sequences * self.context
+                    pending = _Step(step, before, tokens, metrics)
+                    if tokens == decision_due or self.eval_due(before, tokens) or self.save_due(before, tokens):
                         self.record(pending)
                         pending = None
-                        self.evaluate_and_save(state, step, before, sequences)
+                        if tokens == decision_due:  # before a checkpoint of this step, whose log then holds it
+                            self.decide(state, step, tokens)
+                            decision_due = self.batch_size.next_due(tokens)
+                        self.evaluate_and_save(state, step, before, tokens)
                 self.record(pending)
             except _NotFinite as error:
-                return self.diverged(*error.args), *error.args, state
-        tokens = sequences * self.context
-        if self.stop_signal is not None and sequences < self.total_sequences:
+                step, tokens = error.args
+                return self.diverged(tokens), step, tokens
+        if tokens >= self.total_tokens:
+            return "finished", step, tokens
+        if self.stop_signal is not None:
             self.progress.say(f"{signal.Signals(self.stop_signal).name}: saving")
-            if tokens:
-                self.save(state, tokens)
-            return "interrupted", tokens, state
-        return "finished", tokens, state
+        if tokens:
+            self.save(state, tokens)
+        return "stopped" if self.stop_signal is None else "interrupted", step, tokens
+
+    def decide(self, state: TrainState, step: int, tokens: int) -> None:
+        """What the batch is from here on. The state is read, and not the records, which are written later and not at every step."""
+        before = self.batch_size.batch_tokens
+        follows = self.config.batch.schedule == "follow"
+        reading = self.followed.read(tokens, lambda: self.trainer.read_noise(state)) if follows else UNKNOWN
+        decision = self.batch_size.decide(tokens, reading)
+        self.writer.write(decision.record(step))
+        if decision.batch_tokens != before:
+            self.progress.say(f"batch of {decision.batch_tokens:,} tokens from {tokens:,} on")
 
     def place(self, tokens_BxL: np.ndarray) -> jax.Array | np.ndarray:
-        tokens_AxBxL = tokens_BxL.reshape(self.config.train.accumulation, -1, tokens_BxL.shape[1])
+        tokens_AxBxL = tokens_BxL.reshape(microbatches(self.config, len(tokens_BxL)), -1, tokens_BxL.shape[1])
         return tokens_AxBxL if self.mesh is None else jax.device_put(tokens_AxBxL, self.trainer.batch_sharding)
 
-    def record(self, pending: tuple[int, int, StepMetrics] | None) -> None:
+    def record(self, pending: _Step | None) -> None:
         if pending is None:
             return
-        step, tokens, metrics = pending
+        step, before, tokens, metrics = pending
         metrics = jax.device_get(metrics)
-        batch_tokens = self.config.train.batch_tokens
-        record = train_record(step, tokens, batch_tokens, self.context, metrics)
+        kinds = self.trainer.meter.kinds if self.trainer.meter else ()
+        record = train_record(step, tokens, tokens - before, self.context, metrics, kinds)
         record["tokens_per_second"] = self.progress.tokens_per_second(tokens)
         finite = math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)
         every = self.config.logging.every_tokens
         if not finite:
             record["event"] = "not finite"
         # A record that is written on a step without measurement has the newest one since the last record.
-        self.noise_keys |= {key: value for key, value in record.items() if key.startswith(("noise_scale", "grad_sq", "grad_trace"))}
-        last = tokens >= self.total_sequences * self.context
-        if not finite or not every or last or _crosses(every, tokens - batch_tokens, tokens):
+        self.noise_keys |= {key: value for key, value in record.items() if key.startswith(NOISE_KEYS)}
+        last = tokens >= self.total_tokens
+        if not finite or not every or last or _crosses(every, before, tokens):
             self.writer.write(record | self.noise_keys)
             self.noise_keys = {}
         if not finite:
-            raise _NotFinite(tokens)
+            raise _NotFinite(step, tokens)
         self.progress.show(record, self.held_out)
 
-    def due(self, before: int, after: int) -> bool:
-        return self.eval_due(before, after) or self.save_due(before, after)
-
     def eval_due(self, before: int, after: int) -> bool:
-        return after >= self.total_sequences or _crosses(self.config.eval.every_tokens, before * self.context, after * self.context)
+        return after >= self.total_tokens or _crosses(self.config.eval.every_tokens, before, after)
 
     def save_due(self, before: int, after: int) -> bool:
-        before, after, c = before * self.context, after * self.context, self.config.checkpoint
+        c = self.config.checkpoint
         return (
-            after >= self.total_sequences * self.context
+            after >= self.total_tokens
             or _crosses(c.every_tokens, before, after)
             or any(before < tokens <= after for tokens in c.keep_at_tokens)
         )
 
-    def evaluate_and_save(self, state: TrainState, step: int, before: int, sequences: int) -> None:
-        if self.eval_due(before, sequences) and self.data.domains:
-            tokens = sequences * self.context
+    def evaluate_and_save(self, state: TrainState, step: int, before: int, tokens: int) -> None:
+        if self.eval_due(before, tokens) and self.data.domains:
             record = {"step": step, "tokens": tokens} | self.evaluator(state.params)
             losses = [record[f"eval/{name}/loss"] for name in self.data.domains]
             finite = all(map(math.isfinite, losses))
             self.writer.write(record if finite else record | {"event": "not finite"})
             if not finite:  # the parameters are spoilt: not to be saved
-                raise _NotFinite(tokens)
+                raise _NotFinite(step, tokens)
             self.held_out = losses[0]
-        if self.save_due(before, sequences):
-            self.save(state, sequences * self.context)
+        if self.save_due(before, tokens):
+            self.save(state, tokens)
 
     def save(self, state: TrainState, tokens: int) -> None:
         if self.saved_tokens != tokens:
@@ -214,7 +283,7 @@ class _Run:
             raise KeyboardInterrupt
         self.stop_signal = number  # and no word: the main thread may be in the middle of one
 
-    def summary(self, status: str, tokens: int, seconds: float) -> dict[str, Any]:
+    def summary(self, status: str, step: int, tokens: int, seconds: float) -> dict[str, Any]:
         model = transformer_config(self.config)
         records = read_records(self.workdir)
         training = [r for r in records if "loss" in r and r["tokens"] <= tokens]
@@ -223,7 +292,7 @@ class _Run:
             "status": status,
             "signal": self.stop_signal if status == "interrupted" else None,
             "tokens": tokens,
-            "steps": tokens // self.config.train.batch_tokens,
+            "steps": step,
             "params": model.params,
             "total_params": sum(x.size for x in jax.tree.leaves(self.trainer.abstract_state.params)),
             "flops_per_token": model.flops_per_token,
@@ -231,10 +300,9 @@ class _Run:
             "train_loss": float(np.mean(tail)) if tail else None,  # over the last twentieth of the run
             "checkpoints": self.checkpoints.tokens(),
         }
-        measured = [r for r in training if "noise_scale_tokens" in r]
-        if measured:
-            names = ("noise_scale_tokens", "noise_scale_tokens_low", "noise_scale_tokens_high")
-            summary |= {name: measured[-1][name] for name in names}
+        for name in ("noise_scale_tokens", f"{PRECONDITIONED}_noise_scale_tokens"):
+            if measured := [r for r in training if name in r]:
+                summary |= {key: measured[-1][key] for key in (name, f"{name}_low", f"{name}_high")}
         evaluations = [r for r in records if any(key.startswith("eval/") for key in r)]
         if evaluations:
             summary |= {key: value for key, value in evaluations[-1].items() if key.startswith("eval/")}

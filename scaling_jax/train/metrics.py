@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,15 +12,21 @@ import numpy as np
 
 from scaling_jax.console import LiveLine
 from scaling_jax.model import KINDS
+from scaling_jax.noise_scale import NoiseScale
+from scaling_jax.train.noise import PLAIN, PRECONDITIONED
 from scaling_jax.train.step import StepMetrics
 
 FILE = "metrics.jsonl"
+NOISE_KEYS = ("noise_scale", "grad_sq", "grad_trace", f"{PRECONDITIONED}_")  # beginnings of the keys that only measured steps have
 
 
-def train_record(step: int, tokens: int, batch_tokens: int, context: int, metrics: StepMetrics) -> dict[str, Any]:
+def train_record(
+    step: int, tokens: int, batch_tokens: int, context: int, metrics: StepMetrics, kinds: Sequence[str] = KINDS
+) -> dict[str, Any]:
     """One step as a record. Noise scales are in tokens; what is unknown or unbounded is None.
 
-    `grad_sq` and `grad_trace` (per sequence) are means over the noise window, `…_step` the step's own unbiased estimates.
+    `grad_sq` and `grad_trace` (per sequence) are means over the noise window, `…_step` the step's own unbiased estimates; `…/KIND` is one
+    kind of parameters (`kinds` has their order in the readings), `…/layers` a list, one number a block.
     """
     record = {
         "step": step,
@@ -31,17 +37,18 @@ def train_record(step: int, tokens: int, batch_tokens: int, context: int, metric
         "batch_tokens": batch_tokens,
         "batch_sequences": batch_tokens // context,
     }
-    if metrics.noise is None:
-        return record
-    n = metrics.noise
-    in_tokens = [np.asarray(x, np.float64) * context for x in (n.sequences, n.low, n.high)]
-    for i, name in ((-1, ""), *((i, f"/{kind}") for i, kind in enumerate(KINDS))):
-        for suffix, values in zip(("", "_low", "_high"), in_tokens, strict=True):
-            record[f"noise_scale_tokens{suffix}{name}"] = _number(values[i])
-        record[f"grad_sq{name}"] = _number(n.grad_sq[i])
-        record[f"grad_trace{name}"] = _number(n.grad_trace[i])
-    record["grad_sq_step"] = _number(metrics.grad_sq_step)
-    record["grad_trace_step"] = _number(metrics.grad_trace_step)
+    for metric, reading in (metrics.noise or {}).items():
+        prefix = "" if metric == PLAIN else f"{metric}_"
+        n = NoiseScale(*(np.asarray(x, np.float64) for x in reading))
+        values = {f"noise_scale_tokens{end}": x * context for end, x in (("", n.sequences), ("_low", n.low), ("_high", n.high))}
+        values |= {"grad_sq": n.grad_sq, "grad_trace": n.grad_trace}
+        for name, value_R in values.items():
+            by_kind, by_block = value_R[: len(kinds)], value_R[len(kinds) : -1]
+            record[prefix + name] = _number(value_R[-1])
+            record |= {f"{prefix}{name}/{kind}": _number(value) for kind, value in zip(kinds, by_kind, strict=True)}
+            record[f"{prefix}{name}/layers"] = [_number(value) for value in by_block]
+        record[f"{prefix}grad_sq_step"] = _number(metrics.noise_step[metric].grad_sq)
+        record[f"{prefix}grad_trace_step"] = _number(metrics.noise_step[metric].grad_trace)
     return record
 
 
@@ -122,7 +129,7 @@ class _Events:
         self._flushed = -math.inf
 
     def write(self, record: dict[str, Any]) -> None:
-        numbers = {key: value for key, value in record.items() if key not in ("step", "event") and value is not None}
+        numbers = dict(_scalars(record))
         summary = self._summary(value=[self._summary.Value(tag=key, simple_value=value) for key, value in numbers.items()])
         self._writer.write_event(self._event(wall_time=time.time(), step=record["step"], summary=summary))
         if time.monotonic() - self._flushed > 10:
@@ -133,11 +140,19 @@ class _Events:
         self._writer.close()
 
 
+def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number of a record but its step; those of a list get their index as name."""
+    for key, value in record.items():
+        for name, number in [(f"{key}/{i:02}", x) for i, x in enumerate(value)] if isinstance(value, list) else [(key, value)]:
+            if isinstance(number, int | float) and key != "step":
+                yield name, number
+
+
 class Progress:
     """Speed and progress of a run, on the console."""
 
-    def __init__(self, total_tokens: int, seconds: float, out: TextIO | None = None):
-        self.total = total_tokens
+    def __init__(self, total_tokens: int, seconds: float, out: TextIO | None = None, show_batch: bool = False):
+        self.total, self.show_batch = total_tokens, show_batch
         self._line = LiveLine(seconds, out)
         self.say, self.end = self._line.say, self._line.end
         self._marks: list[tuple[float, int]] = []  # (time, tokens) of the last half minute
@@ -158,6 +173,8 @@ class Progress:
     def line(self, record: dict[str, Any], held_out: float | None) -> str:
         tokens, speed = record["tokens"], record.get("tokens_per_second")
         parts = [f"{human(tokens)}/{human(self.total)} tokens", f"loss {_text(record['loss'], '.3f')}"]
+        if self.show_batch:
+            parts.append(f"batch {human(record['batch_tokens'])} tokens")
         if held_out is not None:
             parts.append(f"held-out {held_out:.3f}")
         if "noise_scale_tokens" in record:

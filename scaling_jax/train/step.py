@@ -1,6 +1,6 @@
 """One optimizer step, as a pure function of (state, tokens).
 
-    loss and gradient, and with them every sequence's squared gradient norm  ->  noise scale  ->  AdamW
+    loss and gradient, and with them every sequence's squared gradient norms  ->  noise scale  ->  AdamW
 
 `Trainer` builds the step for a config and a mesh. To try an idea, change `_train_step`.
 """
@@ -10,16 +10,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from scaling_jax import noise_scale, optimizer
+from scaling_jax import optimizer
+from scaling_jax.errors import UserError
 from scaling_jax.mesh import sharding, spec
-from scaling_jax.model import KINDS, Transformer, TransformerConfig, parameter_kind, sequence_losses
+from scaling_jax.model import Probe, Transformer, TransformerConfig, sequence_losses
 from scaling_jax.noise_scale import NoiseScale, NoiseScaleState
 from scaling_jax.parametrization import Parametrization
+from scaling_jax.train.batch_size import microbatches
+from scaling_jax.train.noise import Measured, NoiseMeter
 
 
 class TrainState(NamedTuple):
@@ -27,20 +31,19 @@ class TrainState(NamedTuple):
 
     params: nnx.State
     opt_state: Any
-    noise: NoiseScaleState
+    noise: dict[str, NoiseScaleState]  # by metric: `scaling_jax.train.noise`
     step: Array  # int32, steps taken
     sequences: Array  # int32, sequences seen; the whole state of the data
 
 
 class StepMetrics(NamedTuple):
-    """What one step saw. Losses in nats per token; lr is the peak lr at base sizes times the schedule."""
+    """What one step saw. Losses in nats per token; lr is the peak lr at base sizes times the schedule, and the batch's factor."""
 
     loss: Array
     lr: Array
     grad_norm: Array  # of the batch-mean gradient, before clipping
-    noise: NoiseScale  # over the window, this step included; None where the step did not measure
-    grad_sq_step: Array  # this step's own unbiased |G|², all parameters
-    grad_trace_step: Array  # and tr Σ, per sequence
+    noise: dict[str, NoiseScale] | None  # by metric, over the window, this step included; None where the step did not measure
+    noise_step: dict[str, Measured] | None  # this step's own estimates
 
 
 def transformer_config(config: ConfigDict) -> TransformerConfig:
@@ -51,11 +54,6 @@ def parametrization(config: ConfigDict) -> Parametrization:
     return Parametrization(**config.parametrization, decay_mode=config.optimizer.decay_mode)
 
 
-def noise_window(config: ConfigDict) -> float:
-    """Tokens that the running noise scale looks back."""
-    return float(config.noise_scale.window_tokens or config.train.tokens / 8)
-
-
 class Trainer:
     """The compiled functions of a run: `init(seed)`, `step(state, tokens)`, `eval(params, tokens)`.
 
@@ -63,13 +61,16 @@ class Trainer:
       config: a valid config.
       mesh: a mesh with the axes of `scaling_jax.mesh.AXES`, or None for the default device.
       model: makes the module, `model(TransformerConfig, Parametrization, rngs=)`. One of your own maps tokens [B, L] to logits
-        [B, L, V], and takes a probe as second argument if noise is to be measured.
+        [B, L, V]; if noise is to be measured it has `new_probe` and takes a probe, and `metric=`, as the Transformer does.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh | None = None, model: Callable[..., nnx.Module] = Transformer):
         self.config, self.mesh, self.model = config, mesh, model
         self.optimizer = optimizer.adamw(config)
-        self.graph, _ = nnx.split(nnx.eval_shape(self._model))
+        abstract = nnx.eval_shape(self._model)
+        self.graph, _ = nnx.split(abstract)
+        probed = config.noise_scale.every and hasattr(abstract, "new_probe")
+        self.meter = NoiseMeter(config, abstract.new_probe(1)) if probed else None
         self.abstract_state: TrainState = jax.eval_shape(self._init, jax.random.key(0))
         self.state_sharding = self.batch_sharding = self.eval_sharding = None
         if mesh is not None:
@@ -82,14 +83,15 @@ class Trainer:
         self._jit_init = jax.jit(self._init, **shardings)
         shardings = {} if mesh is None else {"out_shardings": (self.state_sharding, None)}
         self._jit_step = jax.jit(self.pure_step, static_argnums=2, donate_argnums=0, **shardings)
-        self._jit_eval = jax.jit(lambda params, tokens_BxL: _sequence_losses(self.graph, params, tokens_BxL, None))
+        self._jit_eval = jax.jit(lambda params, tokens_BxL: _sequence_losses(self.graph, params, tokens_BxL))
 
     def _model(self, key: Array | int = 0) -> nnx.Module:
         return self.model(transformer_config(self.config), parametrization(self.config), rngs=nnx.Rngs(key))
 
     def _init(self, key: Array) -> TrainState:
         params = nnx.state(self._model(key), nnx.Param)
-        return TrainState(params, self.optimizer.init(params), noise_scale.estimator.init(len(KINDS)), jnp.int32(0), jnp.int32(0))
+        noise = self.meter.init() if self.meter else {}
+        return TrainState(params, self.optimizer.init(params), noise, jnp.int32(0), jnp.int32(0))
 
     def _in_mesh(self, f: Any, *args: Any) -> Any:
         if self.mesh is None:
@@ -108,13 +110,17 @@ class Trainer:
         """`step` as a function to trace into a program of one's own."""
         return _train_step(self, state, tokens_AxBxL, measure)
 
+    def read_noise(self, state: TrainState) -> dict[str, tuple[float | None, float | None, float | None]]:
+        """The running noise scale by metric: (value, low, high) in tokens; None where unknown or, for high, unbounded."""
+        return self.meter.read_tokens(state.noise) if self.meter else {}
+
     def eval(self, params: nnx.State, tokens_BxL: Array) -> Array:
         """Losses [B] of sequences of context + 1 tokens, nats per token."""
         return self._in_mesh(self._jit_eval, params, tokens_BxL)
 
     def lower_step(self, sequences: int, measure: bool = True) -> jax.stages.Lowered:
         """The step for a batch of so many sequences, lowered and not compiled."""
-        accumulation = self.config.train.accumulation
+        accumulation = microbatches(self.config, sequences)
         shape = (accumulation, sequences // accumulation, self.config.model.context + 1)
         tokens_AxBxL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
         return self._in_mesh(self._jit_step.lower, self.abstract_sharded_state, tokens_AxBxL, measure)
@@ -125,64 +131,68 @@ def _train_step(trainer: Trainer, state: TrainState, tokens_AxBxL: Array, measur
     sequences = tokens_AxBxL.shape[0] * tokens_AxBxL.shape[1]
     batch_tokens = sequences * config.model.context
 
-    loss, grads, sq_norms_BxG = _loss_and_gradient(trainer.graph, state.params, tokens_AxBxL, measure)
+    if measure and trainer.meter is None:
+        raise UserError("this model has no new_probe, so its gradient noise cannot be measured: set config.noise_scale.every=0")
+    # P of this step comes from the moments before it: with its own the estimates would be biased.
+    metric = optimizer.preconditioner(config, state.opt_state) if measure and config.noise_scale.preconditioned else None
+    loss, grads, sq_norms_BxGxM = _loss_and_gradient(trainer, state.params, metric, tokens_AxBxL, measure)
 
-    grad_sq_G = _sq_norm_by_kind(grads)
-    noise, reading, estimates = state.noise, None, (jnp.float32(jnp.nan),) * 2
+    noise, reading, measured = state.noise, None, None
     if measure:
-        grad_sq, grad_trace = noise_scale.estimates(sq_norms_BxG, grad_sq_G)
+        meter = trainer.meter
+        grad_sq_GxM = jnp.stack([meter.of_gradient(grads, p) for p in ((None,) if metric is None else (None, metric))], axis=1)
         stands_for_tokens = float(batch_tokens * config.noise_scale.every)  # its own, and those of the steps not measured
-        noise = noise_scale.estimator.update(noise, stands_for_tokens, grad_sq, grad_trace, noise_window(config))
-        reading = noise_scale.estimator.read(noise, noise_window(config))
-        estimates = (grad_sq.sum(), grad_trace.sum())
+        noise, measured = meter.update(noise, sq_norms_BxGxM, grad_sq_GxM, stands_for_tokens, state.step == 0)
+        reading = meter.read(noise)
 
     # The schedule at the middle of the step's tokens: the summed lr per token then does not depend on the batch size.
     tokens_seen = (state.sequences.astype(jnp.float32) + sequences / 2) * config.model.context
-    lr_fraction = optimizer.schedule(config)(tokens_seen)
+    lr_fraction = optimizer.batch_lr_factor(config, batch_tokens) * optimizer.schedule(config)(tokens_seen)
     updates, opt_state = trainer.optimizer.update(grads, state.opt_state, state.params, lr_fraction=lr_fraction)
     params = jax.tree.map(jnp.add, state.params, updates)
 
-    metrics = StepMetrics(loss, config.optimizer.lr * lr_fraction, jnp.sqrt(grad_sq_G.sum()), reading, *estimates)
+    metrics = StepMetrics(loss, config.optimizer.lr * lr_fraction, optax.tree.norm(grads), reading, measured)
     return TrainState(params, opt_state, noise, state.step + 1, state.sequences + sequences), metrics
 
 
-def _loss_and_gradient(graph: Any, params: nnx.State, tokens_AxBxL: Array, measure: bool) -> tuple[Array, nnx.State, Array | None]:
-    """Mean loss, its gradient, and ‖g_b‖² per kind [sequences, G], summed over microbatches."""
+def _loss_and_gradient(
+    trainer: Trainer, params: nnx.State, metric: nnx.State | None, tokens_AxBxL: Array, measure: bool
+) -> tuple[Array, nnx.State, Array | None]:
+    """Mean loss, its gradient, and ‖g_b‖² per group and metric [sequences, G, M], summed over microbatches."""
     microbatches, micro, _ = tokens_AxBxL.shape
     sequences = microbatches * micro
 
-    def loss_fn(params, probe_BxG, tokens_BxL):
-        return jnp.sum(_sequence_losses(graph, params, tokens_BxL, probe_BxG)) / sequences
+    def loss_fn(params, probe, tokens_BxL):
+        return jnp.sum(_sequence_losses(trainer.graph, params, tokens_BxL, probe, metric)) / sequences
 
     def microbatch(tokens_BxL):
         if not measure:
             return *jax.value_and_grad(loss_fn)(params, None, tokens_BxL), None
-        probe_BxG = jnp.zeros((micro, len(KINDS)), jnp.float32)
-        loss, (grads, sq_norms_BxG) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, probe_BxG, tokens_BxL)
-        return loss, grads, sq_norms_BxG * float(sequences) ** 2  # the loss is a mean: each contribution carries 1 / sequences
+        probe = nnx.merge(trainer.graph, params).new_probe(micro, metric is not None)
+        loss, (grads, cotangent) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, probe, tokens_BxL)
+        sq_norms_BxG = trainer.meter.of_sequences(cotangent) * float(sequences) ** 2  # of a mean: contributions carry 1 / sequences
+        return loss, grads, sq_norms_BxG.reshape(*sq_norms_BxG.shape[:2], -1)
 
     if microbatches == 1:
         return microbatch(tokens_AxBxL[0])
 
     def add(total, tokens_BxL):
-        loss, grads, sq_norms_BxG = microbatch(tokens_BxL)
-        return jax.tree.map(jnp.add, total, (loss, grads)), sq_norms_BxG
+        loss, grads, sq_norms_BxGxM = microbatch(tokens_BxL)
+        return jax.tree.map(jnp.add, total, (loss, grads)), sq_norms_BxGxM
 
     zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    (loss, grads), sq_norms_AxBxG = jax.lax.scan(add, zeros, tokens_AxBxL)
-    return loss, grads, sq_norms_AxBxG.reshape(sequences, -1) if measure else None
+    (loss, grads), sq_norms_AxBxGxM = jax.lax.scan(add, zeros, tokens_AxBxL)
+    return loss, grads, sq_norms_AxBxGxM.reshape(sequences, *sq_norms_AxBxGxM.shape[2:]) if measure else None
 
 
-def _sequence_losses(graph: Any, params: nnx.State, tokens_BxL: Array, probe_BxG: Array | None) -> Array:
+def _sequence_losses(
+    graph: Any, params: nnx.State, tokens_BxL: Array, probe: Probe | None = None, metric: nnx.State | None = None
+) -> Array:
     model, inputs = nnx.merge(graph, params), tokens_BxL[:, :-1]
-    return sequence_losses(model(inputs) if probe_BxG is None else model(inputs, probe_BxG), tokens_BxL[:, 1:])
-
-
-def _sq_norm_by_kind(grads: nnx.State) -> Array:
-    sums = dict.fromkeys(KINDS, jnp.float32(0))
-    for path, grad in nnx.to_flat_state(grads):
-        sums[parameter_kind(path)] += jnp.sum(jnp.square(grad[...]))
-    return jnp.stack(list(sums.values()))
+    if probe is None:
+        return sequence_losses(model(inputs), tokens_BxL[:, 1:])
+    weights = {} if metric is None else {"metric": nnx.merge(graph, metric)}
+    return sequence_losses(model(inputs, probe, **weights), tokens_BxL[:, 1:])
 
 
 def _with_sharding(state: TrainState, shardings: TrainState | None) -> TrainState:

@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,25 @@ from scaling_jax.errors import UserError
 from scaling_jax.train import checkpoint, metrics
 
 CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LOCK_FILE = "config.json", "summary.json", "parametrization.json", "figures", ".lock"
-_OWN = (CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, metrics.FILE, "tensorboard", checkpoint.DIRECTORY, checkpoint.SET_ASIDE)
+LAWS, BRANCHES = "laws", "branches"
+_OWN = (
+    *(CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LAWS, BRANCHES),
+    *(metrics.FILE, "tensorboard", checkpoint.DIRECTORY, checkpoint.SET_ASIDE),
+)
 
 
-def claim(workdir: Path, config: ConfigDict, data_fingerprint: str, overwrite: bool = False) -> int:
+def claim(
+    workdir: Path, config: ConfigDict, data_fingerprint: str, overwrite: bool = False, others: Mapping[str, Any] | None = None
+) -> int:
     """Makes `workdir` this run's, or finds that it is; returns a file descriptor that holds its lock.
+
+    `others` are parts of its identity beside the config's fields, or instead of one: another run that it starts from, the content of a
+    file that a field names.
 
     UserError where its identity fields differ (listed), where it is in use or cannot be written, where it holds a run without a
     config.json, or files that go by the names of a run's but are none.
     """
-    identity = json.loads(json.dumps(config_lib.identity(config) | {"data.fingerprint": data_fingerprint}))
+    identity = json.loads(json.dumps(config_lib.identity(config) | {"data.fingerprint": data_fingerprint} | dict(others or {})))
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file, must be a directory")
     there = [name for name in _OWN if os.path.lexists(workdir / name)]
@@ -91,10 +102,29 @@ def _check_identity(workdir: Path, identity: dict[str, Any]) -> None:
         if theirs.get(name, missing) != identity.get(name, missing)
     ]
     if differ:
-        lines = "\n".join(differ).replace("config.data.fingerprint", "training data")
+        lines = "\n".join(differ).replace("config.data.fingerprint", "training data").replace("  config.start:", "  start:")
         raise UserError(
             f"--workdir={workdir}: holds another run; give another directory, or --overwrite to delete it. What differs:\n{lines}"
         )
+
+
+def read_identity(workdir: Path) -> dict[str, Any]:
+    """The identity of the run in `workdir`; UserError where there is none."""
+    path = workdir / CONFIG_FILE
+    try:
+        identity = json.loads(path.read_text())["identity"]
+    except OSError as error:
+        raise UserError(f"{workdir}: holds no run; {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        identity = None
+    if not isinstance(identity, dict):
+        raise UserError(f"{path}: not a config that scaling_jax wrote")
+    return identity
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """One word for an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _lock(workdir: Path) -> int:

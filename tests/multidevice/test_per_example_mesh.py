@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from scaling_jax.config import default_config
 from scaling_jax.mesh import make_mesh
-from scaling_jax.model import KINDS
 from scaling_jax.train.step import Trainer, _loss_and_gradient
 
 SEQUENCES, CONTEXT, VOCAB = 32, 12, 8  # fewer words than positions: every sequence repeats some
@@ -67,6 +66,7 @@ def trainer_of(mlp: str, tied: bool, mesh: Mesh | None = None, remat: str = "non
     config.parametrization.name, config.parametrization.base_width = "completep", 16  # every forward multiplier differs from 1
     config.parametrization.base_depth = 1
     config.train.batch_tokens, config.train.accumulation = SEQUENCES * CONTEXT, accumulation
+    config.noise_scale.preconditioned = True
     return Trainer(config, mesh)
 
 
@@ -82,7 +82,8 @@ class Reference(NamedTuple):
     params: nnx.State  # numpy
     loss: float
     grads: nnx.State  # of the batch-mean loss
-    sq_norms_BxG: np.ndarray
+    metric: nnx.State  # any weights
+    sq_norms_BxM: dict[tuple[str, int | None], np.ndarray]  # of each kind, in each block: without and with the metric
 
 
 @cache
@@ -96,44 +97,44 @@ def reference(mlp: str, tied: bool) -> Reference:
         logits_LxV = nnx.merge(trainer.graph, params)(tokens_L[None, :-1])[0]
         return -jnp.mean(jax.nn.log_softmax(logits_LxV)[jnp.arange(CONTEXT), tokens_L[1:]])
 
+    metric = jax.tree.map(lambda p: np.float32(rng.exponential(size=p.shape)), params)
     losses_B, grads_B = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))(params, tokens_BxL())
-    groups = {
-        "embedding": 0,
-        "query": 1,
-        "key": 1,
-        "value": 1,
-        "attention_out": 1,
-        "mlp_in": 2,
-        "mlp_gate": 2,
-        "mlp_out": 2,
-        "unembedding": 3,
-    }
-    sq_norms_BxG = np.zeros((SEQUENCES, 4))
+    attention = dict.fromkeys(("query", "key", "value", "attention_out"), "attention")
+    kinds = attention | dict.fromkeys(("mlp_in", "mlp_gate", "mlp_out"), "mlp") | {"embedding": "embedding", "unembedding": "unembedding"}
+    sq_norms_BxM: dict = {}
     for path, grad in nnx.to_flat_state(grads_B):
-        sq_norms_BxG[:, groups[path[-1].removesuffix("_bias")]] += np.sum(
-            np.square(np.asarray(grad[...], np.float64)).reshape(SEQUENCES, -1), axis=1
-        )
+        square, weight = np.square(np.asarray(grad[...], np.float64)), np.asarray(dict(nnx.to_flat_state(metric))[path][...], np.float64)
+        for block in range(2) if path[0] == "blocks" else (None,):
+            part, of = (square, weight) if block is None else (square[:, block], weight[block])
+            both_BxM = np.stack([(w * part).reshape(SEQUENCES, -1).sum(1) for w in (np.ones_like(of), of)], axis=1)
+            key = kinds[path[-1].removesuffix("_bias")], block
+            sq_norms_BxM[key] = sq_norms_BxM.get(key, 0) + both_BxM
     grads = jax.tree.map(lambda g: np.mean(np.asarray(g, np.float64), axis=0), grads_B)
-    return Reference(params, float(np.mean(np.asarray(losses_B, np.float64))), grads, sq_norms_BxG)
+    return Reference(params, float(np.mean(np.asarray(losses_B, np.float64))), grads, metric, sq_norms_BxM)
 
 
-def on_mesh(case: Case) -> tuple[Any, nnx.State, np.ndarray]:
-    """Loss, gradient and squared norms as the train step takes them."""
+def on_mesh(case: Case) -> tuple[Any, nnx.State, dict[tuple[str, int | None], np.ndarray]]:
+    """Loss, gradient and squared norms of each group as the train step takes them."""
     count = int(np.prod(list(case.mesh.values())))
     mesh = make_mesh(**case.mesh, devices=jax.devices()[:count])
     trainer = trainer_of(case.mlp, case.tied, mesh, case.remat, case.accumulation)
-    params = jax.device_put(reference(case.mlp, case.tied).params, trainer.state_sharding.params)
+    expected = reference(case.mlp, case.tied)
+    params, metric = (jax.device_put(x, trainer.state_sharding.params) for x in (expected.params, expected.metric))
     tokens_AxBxL = jax.device_put(tokens_BxL().reshape(case.accumulation, -1, CONTEXT + 1), trainer.batch_sharding)
     with jax.set_mesh(mesh):
-        return jax.jit(lambda params, tokens: _loss_and_gradient(trainer.graph, params, tokens, True))(params, tokens_AxBxL)
+        loss_and_gradient = jax.jit(lambda *args: _loss_and_gradient(trainer, *args, True))
+        loss, grads, sq_norms_BxGxM = loss_and_gradient(params, metric, tokens_AxBxL)
+    return loss, grads, {group: np.asarray(sq_norms_BxGxM[:, g]) for g, group in enumerate(trainer.meter.groups)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_brute_force(case: Case):
     expected = reference(case.mlp, case.tied)
-    loss, grads, sq_norms_BxG = on_mesh(case)
+    loss, grads, sq_norms_BxM = on_mesh(case)
     assert float(loss) == pytest.approx(expected.loss, rel=1e-5)
-    np.testing.assert_allclose(sq_norms_BxG, expected.sq_norms_BxG, rtol=1e-5)
+    assert sq_norms_BxM.keys() == expected.sq_norms_BxM.keys()
+    for group, found in sq_norms_BxM.items():
+        np.testing.assert_allclose(found, expected.sq_norms_BxM[group], rtol=1e-5, err_msg=str(group))
     for (path, grad), (_, wanted) in zip(nnx.to_flat_state(grads), nnx.to_flat_state(expected.grads), strict=True):
         off = np.linalg.norm(np.asarray(grad[...], np.float64) - wanted[...])
         assert off <= 1e-5 * np.linalg.norm(wanted[...]), path
@@ -142,8 +143,7 @@ def test_equals_brute_force(case: Case):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_reference_tells_sequences_apart(tied: bool):
     """Were any two of them exchanged, the comparison above would fail."""
-    norms_BxG = reference("gelu", tied).sq_norms_BxG
-    assert norms_BxG.shape == (SEQUENCES, len(KINDS))
-    assert (norms_BxG[:, 3] == 0).all() if tied else (norms_BxG > 0).all()
-    ratios_BxBxG = norms_BxG[:, None, :3] / norms_BxG[None, :, :3]
+    norms_BxG = np.concatenate(list(reference("gelu", tied).sq_norms_BxM.values()), axis=1)
+    assert norms_BxG.shape == (SEQUENCES, 2 * (5 if tied else 6)) and (norms_BxG > 0).all()
+    ratios_BxBxG = norms_BxG[:, None] / norms_BxG[None]
     assert np.abs(ratios_BxBxG - 1).max(axis=2)[~np.eye(SEQUENCES, dtype=bool)].min() > 1e-3

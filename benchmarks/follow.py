@@ -1,0 +1,96 @@
+"""A batch that follows the noise scale against a constant one: the same tokens, how many steps, and what loss.
+
+    python benchmarks/follow.py --seeds=3
+    python benchmarks/follow.py --seeds=2 --tokens=160000       # a look at a tenth of it
+
+Trains configs/cpu_demo.py with its batch, and again with batch.schedule=follow and batch.lr_rule=sqrt from the same batch on, for
+each seed. Both runs of a seed begin with the same parameters and read the same data in the same order; the held-out sequences are
+the same in all. The difference of the final held-out losses is taken in pairs, and its standard error over the seeds.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from scaling_jax.config import load, validate
+from scaling_jax.train.batch_size import KEY
+from scaling_jax.train.loop import train
+from scaling_jax.train.metrics import read_records
+from scaling_jax.verbs.process import use_compilation_cache
+
+CONFIG = Path(__file__).parent.parent / "configs" / "cpu_demo.py"
+FEWER = 0.25  # of the steps, at no more loss: what following is to save
+
+
+def demo(seed: int, tokens: int, window_tokens: int, **batch: Any) -> ConfigDict:
+    """The demo, `tokens` long; lengths that were chosen for its own are scaled alike."""
+    config = load(str(CONFIG))
+    scale = tokens / config.train.tokens
+    config.schedule.warmup_tokens = round(config.schedule.warmup_tokens * scale)
+    config.noise_scale.window_tokens = window_tokens or round(config.noise_scale.window_tokens * scale)
+    config.train.tokens, config.train.seed = tokens, seed
+    config.eval.every_tokens = config.checkpoint.every_tokens = 0
+    config.eval.tokens = 0  # all that is held out
+    config.logging.tensorboard = False
+    config.batch.update(batch)
+    validate(config)
+    return config
+
+
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    summary = train(config, workdir)
+    if summary["status"] != "finished":
+        raise SystemExit(f"{workdir.name}: {summary['status']} at {summary['tokens']:,} tokens")
+    grown, batch_tokens = [], config.train.batch_tokens
+    for record in read_records(workdir):
+        if record.get(KEY, batch_tokens) > batch_tokens:
+            batch_tokens = record[KEY]
+            grown.append((record["tokens"], batch_tokens))
+    return {
+        "loss": summary["eval/heldout/loss"],
+        "loss_se": summary["eval/heldout/loss_se"],
+        "steps": summary["steps"],
+        "tokens": summary["tokens"],
+        "seconds": summary["timing"]["seconds"],
+        "grown": grown,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=1_600_000)
+    parser.add_argument("--multiple", type=float, default=1.0, help="config.batch.multiple")
+    parser.add_argument("--window_tokens", type=int, default=0, help="config.noise_scale.window_tokens; the demo's if not given")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    args = parser.parse_args()
+    use_compilation_cache()
+    arms = {"constant": {}, "follow": {"schedule": "follow", "lr_rule": "sqrt", "multiple": args.multiple}}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(args.seeds):
+            for name, batch in arms.items():
+                found[name].append(one := run(demo(seed, args.tokens, args.window_tokens, **batch), Path(folder) / f"{name}{seed}"))
+                grown = ", ".join(f"{batch_tokens} from {tokens:,}" for tokens, batch_tokens in one["grown"])
+                took = f"{one['steps']} steps, {one['tokens']:,} tokens, {one['seconds']:.0f} s"
+                print(f"seed {seed} {name:<9} loss {one['loss']:.4f} in {took}{f'; batch {grown}' if grown else ''}", flush=True)
+    constant, follow = ({key: np.array([one[key] for one in found[name]]) for key in ("loss", "steps")} for name in arms)
+    difference = follow["loss"] - constant["loss"]
+    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else float("nan")
+    fewer = 1 - follow["steps"].sum() / constant["steps"].sum()
+    print(f"loss, follow - constant: {difference.mean():+.4f} +- {error:.4f} nats/token over {len(difference)} seeds")
+    print(f"steps: {100 * fewer:.1f}% fewer ({follow['steps'].mean():.0f}, not {constant['steps'].mean():.0f})")
+    reached = bool(difference.mean() <= 2 * error)
+    print(f"no higher loss, within two standard errors: {reached}; at least {FEWER:.0%} fewer steps: {bool(fewer >= FEWER)}")
+    if args.json:
+        numbers = {"runs": found, "loss_difference": difference.mean(), "loss_difference_se": error, "fewer_steps": fewer}
+        args.json.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What a run measures of its gradient noise: for which groups of parameters, in which metrics, and how it is read."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from ml_collections import ConfigDict
+
+from scaling_jax import noise_scale
+from scaling_jax.model import KINDS, Probe, parameter_kind
+from scaling_jax.noise_scale import NoiseScale, NoiseScaleState
+
+PLAIN, PRECONDITIONED = "noise", "preconditioned"
+
+
+class Measured(NamedTuple):
+    """One step's own unbiased estimates, of all parameters; nan where it has none."""
+
+    grad_sq: Array  # |G|²
+    grad_trace: Array  # tr Σ, per sequence
+
+
+class NoiseMeter:
+    """Noise of the groups that a model's probe tells apart: a kind of parameters, or a kind in one block.
+
+    Everything is a dict by metric: `noise` is tr Σ/|G|², `preconditioned` tr(PΣ)/(GᵀPG).
+
+    Args:
+      config: its section noise_scale, train.tokens, model.context.
+      probe: as `new_probe` of the model makes it, of any batch and without a metric.
+    """
+
+    def __init__(self, config: ConfigDict, probe: Probe):
+        section = config.noise_scale
+        self.metrics = (PLAIN, PRECONDITIONED) if section.preconditioned else (PLAIN,)
+        self.window_tokens = float(section.window_tokens or config.train.tokens / 8)
+        self.decay_tokens = float(section.decay_tokens) or None
+        self.context = config.model.context
+        self.kinds = tuple(kind for kind in KINDS if kind in probe)
+        self.blocks = {kind: probe[kind].shape[0] if probe[kind].ndim == 2 else 0 for kind in self.kinds}  # 0: of the whole model
+        self.groups = [(kind, block) for kind in self.kinds for block in (range(self.blocks[kind]) or [None])]
+        self.depth = max(self.blocks.values())
+        self._read = jax.jit(self.read)
+
+    def init(self) -> dict[str, NoiseScaleState]:
+        return {metric: noise_scale.estimator.init(len(self.groups)) for metric in self.metrics}
+
+    def of_sequences(self, cotangent: Probe) -> Array:
+        """The probe's cotangent as [B, G], or [B, G, 2] with a metric."""
+        columns = [cotangent[kind].swapaxes(0, 1) if self.blocks[kind] else cotangent[kind][:, None] for kind in self.kinds]
+        return jnp.concatenate(columns, axis=1)
+
+    def of_gradient(self, grads: nnx.State, metric: nnx.State | None = None) -> Array:
+        """‖G‖² of each group [G]; in a metric Σ P·G²."""
+        sums = {kind: jnp.zeros(blocks or 1, jnp.float32) for kind, blocks in self.blocks.items()}
+        weights = dict(nnx.to_flat_state(metric)) if metric is not None else {}
+        for path, grad in nnx.to_flat_state(grads):
+            kind = parameter_kind(path)
+            square = jnp.square(grad[...]) if metric is None else weights[path][...].astype(jnp.float32) * jnp.square(grad[...])
+            sums[kind] += square.reshape(self.blocks[kind] or 1, -1).sum(1)
+        return jnp.concatenate(list(sums.values()))
+
+    def update(
+        self, states: dict[str, NoiseScaleState], sq_norms_BxGxM: Array, grad_sq_GxM: Array, tokens: float, first: Array
+    ) -> tuple[dict[str, NoiseScaleState], dict[str, Measured]]:
+        """Adds one step, M metrics, with the weight of its tokens; the `first` of a run has no moments and so no metric."""
+        new, measured = {}, {}
+        for i, metric in enumerate(self.metrics):
+            estimates = noise_scale.estimates(sq_norms_BxGxM[:, :, i], grad_sq_GxM[:, i])
+            state = noise_scale.estimator.update(states[metric], tokens, *estimates, self.window_tokens)
+            total = [x_G.sum() for x_G in estimates]
+            if metric == PRECONDITIONED:
+                state = jax.tree.map(lambda old, new: jnp.where(first, old, new), states[metric], state)
+                total = [jnp.where(first, jnp.nan, x) for x in total]
+            new[metric], measured[metric] = state, Measured(*total)
+        return new, measured
+
+    def read(self, states: dict[str, NoiseScaleState]) -> dict[str, NoiseScale]:
+        """Over the window: each kind, in the order of `kinds`; each block, its kinds together; last all."""
+        by_kind = [[kind == k for kind, _ in self.groups] for k in self.kinds]
+        by_block = [[block == b for _, block in self.groups] for b in range(self.depth)]
+        sums_RxG = np.array([*by_kind, *by_block, [True] * len(self.groups)], float)
+        return {
+            metric: noise_scale.estimator.read(state, self.window_tokens, sums_RxG, decay_tokens=self.decay_tokens)
+            for metric, state in states.items()
+        }
+
+    def read_tokens(self, states: dict[str, NoiseScaleState]) -> dict[str, tuple[float | None, float | None, float | None]]:
+        """Of all parameters, (value, low, high) in tokens; None where unknown or, for high, unbounded."""
+        found = {}
+        for metric, reading in jax.device_get(self._read(states)).items():
+            ends = (float(x[-1]) * self.context for x in (reading.sequences, reading.low, reading.high))
+            found[metric] = tuple(end if np.isfinite(end) else None for end in ends)
+        return found

@@ -1,0 +1,47 @@
+"""`scaling-jax train`."""
+
+import sys
+
+from absl import flags
+
+from scaling_jax.errors import UserError
+from scaling_jax.verbs.common import Verb, config_of, define_config
+from scaling_jax.verbs.process import keep_freed_memory, use_compilation_cache
+
+
+def workdir_of(values: flags.FlagValues) -> str:
+    if not values.workdir:
+        raise UserError("--workdir=DIR is missing: where the run is kept, and continued if it was stopped")
+    if "://" in values.workdir:
+        raise UserError(f"--workdir={values.workdir}: must be a directory of a file system; mount the bucket")
+    return values.workdir
+
+
+def _define(values: flags.FlagValues) -> None:
+    define_config(values)
+    flags.DEFINE_string("workdir", None, "directory of the run; an unfinished run there is continued", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "delete the run that is in workdir, and start again", flag_values=values)
+
+
+def _run(values: flags.FlagValues) -> int:
+    config, workdir = config_of(values), workdir_of(values)
+    use_compilation_cache()
+    keep_freed_memory()
+    from scaling_jax.report.run import report_run
+    from scaling_jax.train.loop import train
+
+    summary = train(config, workdir, overwrite=values.overwrite)
+    if summary["status"] == "interrupted":
+        saved = f"saved at {summary['tokens']:,} tokens" if summary["tokens"] else "nothing to save yet"
+        print(f"interrupted, {saved}; the same command continues", file=sys.stderr)
+        return 128 + summary["signal"]
+    print(report_run(workdir, summary))
+    return 1 if summary["status"] == "diverged" else 0
+
+
+TRAIN = Verb(
+    "train a model, measure its gradient noise scale, continue where it was stopped",
+    "scaling-jax train --config=configs/cpu_demo.py --workdir=runs/demo --config.optimizer.lr=0.002",
+    _define,
+    _run,
+)

@@ -1,0 +1,110 @@
+"""The best learning rate from a grid: planted parabolas come back, their errors are the right size, and an edge is refused."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaling_jax.errors import UserError
+from scaling_jax.laws.critical_batch import kink_fit
+from scaling_jax.laws.lr_optimum import lr_optima
+
+SHARED = Path(__file__).parents[1] / os.environ.get("SCALING_JAX_SHARED", "../shared")
+GRID = 2.0 ** np.arange(-12, -5)
+
+
+def runs(best, batches=(1e5, 2e5, 4e5), error=0.0, rng=None, grid=GRID):
+    """Loss 3 + 0.02·(ln lr − ln best)², `best` a function of the batch."""
+    rng = rng or np.random.default_rng(0)
+    return [
+        {"batch_tokens": b, "lr": lr, "loss": 3 + 0.02 * np.log(lr / best(b)) ** 2 + error * rng.normal()} for b in batches for lr in grid
+    ]
+
+
+def planted(batch):
+    return 1e-3 * (batch / 1e5) ** 0.5
+
+
+@pytest.mark.parametrize("each_side", [1, 2])
+def test_exact_parabolas(each_side):
+    table = runs(planted)
+    np.random.default_rng(1).shuffle(table)
+    found = lr_optima(table, each_side)
+    assert [row["batch_tokens"] for row in found] == [1e5, 2e5, 4e5]
+    assert [row["lr"] for row in found] == pytest.approx([planted(b) for b in (1e5, 2e5, 4e5)], rel=1e-6)
+    assert [row["loss"] for row in found] == pytest.approx([3.0] * 3)
+    assert all("lr_se" not in row or row["lr_se"] < 1e-9 for row in found)
+
+
+def test_standard_error_is_that_of_repeated_grids():
+    rng = np.random.default_rng(2)
+    tables = [lr_optima(runs(planted, error=2e-4, rng=rng)) for _ in range(300)]
+    log_lr = np.log([[row["lr"] for row in found] for found in tables])
+    se = np.array([[row["lr_se"] / row["lr"] for row in found] for found in tables])
+    np.testing.assert_allclose(np.sqrt(np.mean(se**2, axis=0)), log_lr.std(axis=0), rtol=0.15)
+
+
+def test_seeds_are_averaged_and_diverged_runs_left_out():
+    table = runs(planted, batches=[1e5])
+    seeds = [row | {"loss": row["loss"] + apart} for i, row in enumerate(table) for apart in (0.01 * i, -0.01 * i)]
+    assert lr_optima(seeds)[0]["lr"] == pytest.approx(planted(1e5), rel=1e-6)
+    diverged = [*table, {"batch_tokens": 1e5, "lr": 2.0**-5, "loss": None}, {"batch_tokens": 1e5, "lr": 2.0**-4, "loss": float("inf")}]
+    assert lr_optima(diverged) == lr_optima(table)
+
+
+def test_a_lopsided_valley_falls_back_to_three_points():
+    """Beyond the minimum the loss leaps: through five points the parabola's minimum would leave the neighbours."""
+    losses = [3.00, 2.99, 2.98, 6.0, 9.0]
+    (found,) = lr_optima([{"batch_tokens": 1e5, "lr": 2.0**i, "loss": loss} for i, loss in enumerate(losses)])
+    through_five = np.polynomial.Polynomial.fit(range(5), losses, 2).deriv().roots()[0]
+    through_three = np.polynomial.Polynomial.fit(range(1, 4), losses[1:4], 2).deriv().roots()[0]
+    assert through_five < 1 < through_three
+    assert found["lr"] == pytest.approx(2**through_three)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (runs(lambda b: GRID[0]), "at batch_tokens 100000 its lowest loss is at lr 0.000244141, which two higher losses must enclose"),
+        (runs(lambda b: 1.0), "its lowest loss is at lr 0.015625"),
+        (runs(planted, grid=GRID[:2]), "two higher losses must enclose; lrs with a loss: 0.000244141, 0.000488281"),
+        ([{"batch_tokens": 1e5, "lr": lr, "loss": 3.0} for lr in GRID], "two higher losses must enclose"),
+        ([{"batch_tokens": 1e5, "lr": lr, "loss": None} for lr in GRID], "every run diverged"),
+        ([row | {"loss": row["loss"] if row["lr"] <= 1e-3 else None} for row in runs(planted)], "its lowest loss is at lr 0.000976562"),
+        ([{"batch_tokens": 1e5, "lr": 0.0, "loss": 3.0}], "row 1 of the table: lr is 0.0; it must be a positive number"),
+        ([{"lr": 0.1, "loss": 3.0}], "row 1 of the table has no batch_tokens; it has lr, loss"),
+    ],
+)
+def test_no_minimum_inside(table, message):
+    with pytest.raises(UserError) as caught:
+        lr_optima(table)
+    assert message in str(caught.value)
+
+
+def test_published_sweep_cannot_tell_the_forms_apart():
+    """StepLaw's 16 sets of (N, D) with six batch sizes or more: a bend beats a pure power, and surge and plateau fit alike."""
+    path = SHARED / "data" / "steplaw" / "dense_lr_bs_loss.csv"
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    cells = {}
+    for row in csv.DictReader(path.open()):
+        table = cells.setdefault((row["N"], row["D"]), {}).setdefault(float(row["bs"]) * 2048, [])
+        table.append({"batch_tokens": float(row["bs"]) * 2048, "lr": float(row["lr"]), "loss": float(row["smooth loss"])})
+    rms = {form: [] for form in ("surge", "plateau", "power")}
+    for cell in cells.values():
+        optima = []
+        for runs_of_batch in cell.values():
+            try:
+                optima += lr_optima(runs_of_batch)
+            except UserError:  # the minimum is at the grid's edge
+                continue
+        if len(optima) >= 6:
+            optima = [{key: row[key] for key in ("batch_tokens", "lr")} for row in optima]
+            for form, values in rms.items():
+                values.append(kink_fit(optima, form).rms)
+    assert len(rms["surge"]) == 16
+    total = {form: float(np.sqrt(np.mean(np.square(values)))) for form, values in rms.items()}
+    assert total["surge"] == pytest.approx(total["plateau"], rel=0.15)
+    assert max(total["surge"], total["plateau"]) < total["power"]
