@@ -3,9 +3,10 @@
     python benchmarks/follow.py --seeds=3
     python benchmarks/follow.py --seeds=2 --tokens=160000       # a look at a tenth of it
 
-Trains configs/cpu_demo.py with its batch, and again with batch.schedule=follow and batch.lr_rule=sqrt from the same batch on, for
-each seed. Both runs of a seed begin with the same parameters and read the same data in the same order; the held-out sequences are
-the same in all. The difference of the final held-out losses is taken in pairs, and its standard error over the seeds.
+Trains configs/cpu_demo.py with its batch, and again with batch.schedule=follow from the same batch on, with each of some values of
+batch.multiple and batch.lr_rule, for each seed. All runs of a seed begin with the same parameters and read the same data in the same
+order; the held-out sequences are the same in all. The difference of the final held-out losses is taken in pairs, and its standard
+error over the seeds.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from scaling_jax.config import load, validate
 from scaling_jax.train.batch_size import KEY
 from scaling_jax.train.loop import train
 from scaling_jax.train.metrics import read_records
-from scaling_jax.verbs.process import use_compilation_cache
+from scaling_jax.verbs.process import keep_freed_memory, use_compilation_cache
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cpu_demo.py"
 FEWER = 0.25  # of the steps, at no more loss: what following is to save
@@ -65,31 +66,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=1_600_000)
-    parser.add_argument("--multiple", type=float, default=1.0, help="config.batch.multiple")
+    parser.add_argument("--multiples", default="1,2,4", help="values of config.batch.multiple, comma-separated")
+    parser.add_argument("--lr_rules", default="sqrt,none", help="values of config.batch.lr_rule, comma-separated")
     parser.add_argument("--window_tokens", type=int, default=0, help="config.noise_scale.window_tokens; the demo's if not given")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     args = parser.parse_args()
     use_compilation_cache()
-    arms = {"constant": {}, "follow": {"schedule": "follow", "lr_rule": "sqrt", "multiple": args.multiple}}
+    keep_freed_memory()
+    arms: dict[str, dict[str, Any]] = {"constant": {}}
+    for rule in args.lr_rules.split(","):
+        for multiple in map(float, args.multiples.split(",")):
+            arms[f"multiple {multiple:g}, lr {rule}"] = {"schedule": "follow", "lr_rule": rule, "multiple": multiple}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
-            for name, batch in arms.items():
-                found[name].append(one := run(demo(seed, args.tokens, args.window_tokens, **batch), Path(folder) / f"{name}{seed}"))
+            for i, (name, batch) in enumerate(arms.items()):
+                found[name].append(one := run(demo(seed, args.tokens, args.window_tokens, **batch), Path(folder) / f"{seed}-{i}"))
                 grown = ", ".join(f"{batch_tokens} from {tokens:,}" for tokens, batch_tokens in one["grown"])
                 took = f"{one['steps']} steps, {one['tokens']:,} tokens, {one['seconds']:.0f} s"
-                print(f"seed {seed} {name:<9} loss {one['loss']:.4f} in {took}{f'; batch {grown}' if grown else ''}", flush=True)
-    constant, follow = ({key: np.array([one[key] for one in found[name]]) for key in ("loss", "steps")} for name in arms)
-    difference = follow["loss"] - constant["loss"]
-    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else float("nan")
-    fewer = 1 - follow["steps"].sum() / constant["steps"].sum()
-    print(f"loss, follow - constant: {difference.mean():+.4f} +- {error:.4f} nats/token over {len(difference)} seeds")
-    print(f"steps: {100 * fewer:.1f}% fewer ({follow['steps'].mean():.0f}, not {constant['steps'].mean():.0f})")
-    reached = bool(difference.mean() <= 2 * error)
-    print(f"no higher loss, within two standard errors: {reached}; at least {FEWER:.0%} fewer steps: {bool(fewer >= FEWER)}")
+                print(f"seed {seed} {name:<22} loss {one['loss']:.4f} in {took}{f'; batch {grown}' if grown else ''}", flush=True)
+    print(f"\n{'':<22}{'steps':>8}{'fewer':>8}{'loss':>9}{'over constant':>16}{'± s.e.':>9}  no higher loss, a quarter fewer steps")
+    for name, runs in found.items():
+        loss, steps = (np.array([one[key] for one in runs]) for key in ("loss", "steps"))
+        base_loss, base_steps = (np.array([one[key] for one in found["constant"]]) for key in ("loss", "steps"))
+        excess, fewer = loss - base_loss, 1 - steps.sum() / base_steps.sum()
+        error = excess.std(ddof=1) / np.sqrt(len(excess)) if len(excess) > 1 else float("nan")
+        reached = "" if name == "constant" else "yes" if excess.mean() <= 2 * error and fewer >= FEWER else "no"
+        print(f"{name:<22}{steps.mean():>8.0f}{fewer:>8.1%}{loss.mean():>9.4f}{excess.mean():>+16.4f}{error:>9.4f}  {reached}")
     if args.json:
-        numbers = {"runs": found, "loss_difference": difference.mean(), "loss_difference_se": error, "fewer_steps": fewer}
-        args.json.write_text(json.dumps(numbers, indent=1) + "\n")
+        args.json.write_text(json.dumps({"arguments": vars(args) | {"json": str(args.json)}, "runs": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

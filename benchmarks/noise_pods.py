@@ -8,6 +8,7 @@ compiler's own figure; arguments + temporaries is what certainly suffices.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -31,6 +32,8 @@ TOPOLOGIES = ("v5p:4x4x4", "v5e:4x4")
 
 def main() -> None:
     args = _arguments()
+    if importlib.util.find_spec("libtpu") is None:
+        raise SystemExit("libtpu, which holds XLA's TPU compiler, is not installed: pip install libtpu")
     results = []
     for name in args.topologies.split(","):
         plain = None
