@@ -311,3 +311,41 @@ def test_state_survives_in_pieces():
     for x, y, z in zip(*states, run(7.0, a, b, 700.0), strict=True):
         np.testing.assert_array_equal(x, y)
         np.testing.assert_allclose(x, z, rtol=1e-4, atol=1e-4)  # another program may round sums otherwise
+
+
+def test_a_state_can_be_donated():
+    update = jax.jit(estimator.update, static_argnums=4, donate_argnums=0)
+    state = estimator.init(1)
+    for _ in range(2):
+        state = update(state, 1.0, jnp.ones(1), jnp.ones(1), 10.0)
+    assert float(state.seen_tokens) == 2
+
+
+def test_nothing_is_known_before_the_first_step():
+    assert all(np.isnan(x).all() for x in estimator.read(estimator.init(2), 10.0, decay_tokens=3.0))
+
+
+def test_a_step_that_is_not_finite_is_left_out():
+    steps = np.arange(1.0, 41.0)[:, None] * np.ones((1, 2))
+    spoilt, without = steps.copy(), np.delete(steps, 20, axis=0)
+    spoilt[20, 1] = np.nan
+    for found, wanted in zip(*(estimator.read(run(1.0, x, 3 * x, 1e9), 1e9) for x in (spoilt, without)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [2.0**-10, 2.0**30])
+def test_tokens_may_be_counted_in_any_unit(tokens):
+    """And weights that fall fast never leave the reading without any: the newest block counts as one."""
+    steps = np.linspace(1.0, 2.0, 200)
+    whole = estimator.read(run(1.0, steps, 3 * steps, 1e3), 1e3, decay_tokens=20.0)
+    scaled = estimator.read(run(tokens, steps, 3 * steps, 1e3 * tokens), 1e3 * tokens, decay_tokens=20.0 * tokens)
+    for found, wanted in zip(scaled, whole, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    newest = estimator.read(run(tokens, steps, 3 * steps, 1e3 * tokens), 1e3 * tokens, decay_tokens=1e-3 * tokens)
+    np.testing.assert_allclose(newest.grad_sq[0], 2.0, rtol=0.02)
+    assert np.isnan(newest.low[0]) and np.isnan(newest.high[0])
+
+
+def test_an_odd_number_of_blocks_is_refused():
+    with pytest.raises(ValueError, match="blocks is 7: must be even"):
+        estimator.init(1, 7)

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from helpers import small_config
 
-from scaling_jax.model import KINDS, parameter_kind, sequence_losses
+from scaling_jax.errors import UserError
+from scaling_jax.model import KINDS, Transformer, parameter_kind, sequence_losses
 from scaling_jax.train.step import Trainer
 
 
@@ -93,6 +94,35 @@ def test_lr_follows_the_batch_by_its_rule(rule, factor):
     trainer = Trainer(small_config(batch__lr_rule=rule, schedule__name="constant", optimizer__lr=0.5, train__batch_tokens=32))
     _, metrics = trainer.step(trainer.init(0), batch())  # 8 sequences where the config has 2
     np.testing.assert_allclose(metrics.lr, 0.5 * factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            lambda probe: {kind: x for kind, x in probe.items() if kind != "unembedding"},
+            "no entry 'unembedding', where parameter unembedding",
+        ),
+        (lambda probe: probe | {"embedding": jnp.zeros((3, 1))}, "parameter embedding .256, 16. belongs to 'embedding'.* has 3 blocks"),
+    ],
+)
+def test_a_probe_that_does_not_fit_its_model_is_refused(entries, message):
+    class Own(Transformer):
+        def new_probe(self, batch):
+            return entries(super().new_probe(batch))
+
+    with pytest.raises(UserError, match=message):
+        Trainer(small_config(), model=Own)
+
+
+def test_a_model_without_a_probe_trains_unmeasured():
+    class Own(Transformer):
+        new_probe = property()  # hasattr is false
+
+    trainer = Trainer(small_config(), model=Own)
+    trainer.step(trainer.init(0), batch(), False)
+    with pytest.raises(UserError, match="no new_probe"):
+        trainer.step(trainer.init(0), batch())
 
 
 def test_without_measurement_there_is_no_statistic():

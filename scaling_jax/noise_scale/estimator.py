@@ -69,15 +69,23 @@ def estimates(sq_norms_BxG: Array, grad_sq_G: Array) -> tuple[Array, Array]:
 
 def init(groups: int, blocks: int = 64) -> NoiseScaleState:
     """An empty window. `blocks` is even."""
-    zeros_KxG = jnp.zeros((blocks, groups), jnp.float32)
-    return NoiseScaleState(jnp.zeros(blocks, jnp.float32), zeros_KxG, zeros_KxG, jnp.float32(0), jnp.float32(0), jnp.int32(0))
+    if blocks < 2 or blocks % 2:
+        raise ValueError(f"blocks is {blocks}: must be even and positive, as they are merged in pairs")
+
+    def zeros_KxG():  # an array of its own for each: a state is donated, and no buffer twice
+        return jnp.zeros((blocks, groups), jnp.float32)
+
+    return NoiseScaleState(jnp.zeros(blocks, jnp.float32), zeros_KxG(), zeros_KxG(), jnp.float32(0), jnp.float32(0), jnp.int32(0))
 
 
 def update(state: NoiseScaleState, tokens: Array | float, grad_sq_G: Array, grad_trace_G: Array, window_tokens: float) -> NoiseScaleState:
-    """Adds one step's estimates with the weight of its tokens."""
+    """Adds one step's estimates with the weight of its tokens; a step with an estimate that is not finite is left out."""
     blocks = state.tokens_K.shape[0]
     at = state.open_block
-    tokens = jnp.float32(tokens)
+    grad_sq_G, grad_trace_G = (jnp.asarray(x_G, jnp.float32) for x_G in (grad_sq_G, grad_trace_G))
+    finite = jnp.isfinite(grad_sq_G).all() & jnp.isfinite(grad_trace_G).all()
+    grad_sq_G, grad_trace_G = (jnp.where(finite, x_G, 0.0) for x_G in (grad_sq_G, grad_trace_G))
+    tokens = jnp.where(finite, jnp.asarray(tokens, jnp.float32), 0.0)
     tokens_K = state.tokens_K.at[at].add(tokens)
     grad_sq_KxG = state.grad_sq_KxG.at[at].add(tokens * grad_sq_G)
     grad_trace_KxG = state.grad_trace_KxG.at[at].add(tokens * grad_trace_G)
@@ -121,7 +129,7 @@ def read(
         too few blocks of some weight for an interval.
 
     Returns:
-      Arrays [R].
+      Arrays [R]; nan before the first step.
     """
     if sums_RxG is None:
         groups = state.grad_sq_KxG.shape[1]
@@ -129,15 +137,17 @@ def read(
     newer_K = jnp.cumsum(state.tokens_K[::-1])[::-1] - state.tokens_K
     weights_K = jnp.where(newer_K < jnp.minimum(window_tokens, state.seen_tokens / 2), state.tokens_K, 0.0)
     if decay_tokens is not None:
-        weights_K = weights_K * jnp.exp(-(newer_K + state.tokens_K / 2) / decay_tokens)
+        age_K = newer_K + state.tokens_K / 2
+        youngest = jnp.min(jnp.where(weights_K > 0, age_K, jnp.inf))  # from its age on, so that not all weights can underflow
+        weights_K = jnp.where(weights_K > 0, weights_K * jnp.exp((youngest - age_K) / decay_tokens), 0.0)
 
     def means(x_KxG):  # sums of products, not matrix products: those are rounded to bfloat16 on a TPU
         x_KxR = jnp.sum(x_KxG[:, None, :] * sums_RxG.astype(np.float32)[None], axis=2)
-        return x_KxR / jnp.maximum(state.tokens_K, 1.0)[:, None]
+        return x_KxR / jnp.where(state.tokens_K > 0, state.tokens_K, 1.0)[:, None]
 
     grad_sq_KxR, grad_trace_KxR = means(state.grad_sq_KxG), means(state.grad_trace_KxG)
     intervals = jax.vmap(ratio_interval, in_axes=(None, 1, 1))(weights_K, grad_sq_KxR, grad_trace_KxR)
-    total = jnp.maximum(weights_K.sum(), 1e-30)
+    total = weights_K.sum()  # 0 before the first step: means are then unknown, nan
     grad_sq, grad_trace = (jnp.sum(weights_K[:, None] * x_KxR, axis=0) / total for x_KxR in (grad_sq_KxR, grad_trace_KxR))
     return NoiseScale(grad_sq, grad_trace, *intervals)
 
@@ -175,7 +185,7 @@ def ratio_interval(weights_K: Array, grad_sq_K: Array, grad_trace_K: Array) -> t
     low = jnp.maximum(jnp.where(closed, (B - root) / safe_A, jnp.where(A > 0, jnp.nan, open_low)), 0.0)
     low = jnp.where(low > ratio, ratio, low)  # rounding, or a negative tr Σ
     high = jnp.where(closed, (B + root) / safe_A, jnp.where(A > 0, jnp.nan, jnp.inf))
-    known = jnp.sum(w_K**2) <= 1 / (MIN_BLOCKS - 0.5)  # the inverse is the number of blocks, were they equal
+    known = (jnp.sum(w_K) > 0) & (jnp.sum(w_K**2) <= 1 / (MIN_BLOCKS - 0.5))  # the inverse is the number of blocks, were they equal
     return unit * ratio, jnp.where(known, unit * low, jnp.nan), jnp.where(known, unit * high, jnp.nan)
 
 

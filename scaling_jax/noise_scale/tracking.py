@@ -8,7 +8,8 @@
     ...
     noise_scale.estimator.read(noise_scale.tracked(opt_state), window_tokens=1e8)
 
-It stands outermost, or first in a chain, since ‖G‖² is that of the gradient as it came: an estimate from a clipped one is wrong.
+It stands outermost, or first in a chain, since ‖G‖² is that of the gradient as it came: an estimate from a clipped one is wrong. It does
+not belong inside `optax.masked` or `optax.partition`, where it would see a part of the gradient beside the norms of all.
 
 With accumulation by `optax.MultiSteps`, wrap that, not the optimizer inside:
 
@@ -56,6 +57,8 @@ def track(
     Raises:
       ValueError: by `update`, without sq_norms_BxG or tokens, or with another number of columns than there are groups.
     """
+    if not window_tokens > 0:
+        raise ValueError(f"track: window_tokens is {window_tokens}: must be positive")
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> TrackedState:

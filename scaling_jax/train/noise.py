@@ -10,6 +10,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from scaling_jax import noise_scale
+from scaling_jax.errors import UserError
 from scaling_jax.model import KINDS, Probe, parameter_kind
 from scaling_jax.noise_scale import NoiseScale, NoiseScaleState
 
@@ -31,9 +32,13 @@ class NoiseMeter:
     Args:
       config: its section noise_scale, train.tokens, model.context.
       probe: as `new_probe` of the model makes it, of any batch and without a metric.
+      params: of the model, abstract.
+
+    Raises:
+      UserError: the probe has no entry for some parameter, or not one for each of its blocks.
     """
 
-    def __init__(self, config: ConfigDict, probe: Probe):
+    def __init__(self, config: ConfigDict, probe: Probe, params: nnx.State):
         section = config.noise_scale
         self.metrics = (PLAIN, PRECONDITIONED) if section.preconditioned else (PLAIN,)
         self.window_tokens = float(section.window_tokens or config.train.tokens / 8)
@@ -42,6 +47,7 @@ class NoiseMeter:
         self.kinds = tuple(kind for kind in KINDS if kind in probe)
         self.blocks = {kind: probe[kind].shape[0] if probe[kind].ndim == 2 else 0 for kind in self.kinds}  # 0: of the whole model
         self.groups = [(kind, block) for kind in self.kinds for block in (range(self.blocks[kind]) or [None])]
+        _check_fit(self.blocks, params)
         self.depth = max(self.blocks.values())
         self._read = jax.jit(self.read)
 
@@ -95,3 +101,15 @@ class NoiseMeter:
             ends = (float(x[-1]) * self.context for x in (reading.sequences, reading.low, reading.high))
             found[metric] = tuple(end if np.isfinite(end) else None for end in ends)
         return found
+
+
+def _check_fit(blocks: dict[str, int], params: nnx.State) -> None:
+    for path, param in nnx.to_flat_state(params):
+        kind, name = parameter_kind(path), ".".join(map(str, path))
+        if kind not in blocks:
+            raise UserError(f"the model's new_probe has no entry {kind!r}, where parameter {name} belongs; it has {', '.join(blocks)}")
+        if blocks[kind] and (param.ndim < 2 or param.shape[0] != blocks[kind]):
+            raise UserError(
+                f"parameter {name} {param.shape} belongs to {kind!r}, for which the model's new_probe has {blocks[kind]} blocks: "
+                "must have as many along its first axis, or be of a kind that is not measured by block"
+            )

@@ -70,7 +70,7 @@ class Trainer:
         abstract = nnx.eval_shape(self._model)
         self.graph, _ = nnx.split(abstract)
         probed = config.noise_scale.every and hasattr(abstract, "new_probe")
-        self.meter = NoiseMeter(config, abstract.new_probe(1)) if probed else None
+        self.meter = NoiseMeter(config, abstract.new_probe(1), nnx.state(abstract, nnx.Param)) if probed else None
         self.abstract_state: TrainState = jax.eval_shape(self._init, jax.random.key(0))
         self.state_sharding = self.batch_sharding = self.eval_sharding = None
         if mesh is not None:
@@ -168,7 +168,7 @@ def _loss_and_gradient(
     def microbatch(tokens_BxL):
         if not measure:
             return *jax.value_and_grad(loss_fn)(params, None, tokens_BxL), None
-        probe = nnx.merge(trainer.graph, params).new_probe(micro, metric is not None)
+        probe = nnx.merge(trainer.graph, params).new_probe(micro, **({} if metric is None else {"metric": True}))
         loss, (grads, cotangent) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, probe, tokens_BxL)
         sq_norms_BxG = trainer.meter.of_sequences(cotangent) * float(sequences) ** 2  # of a mean: contributions carry 1 / sequences
         return loss, grads, sq_norms_BxG.reshape(*sq_norms_BxG.shape[:2], -1)
