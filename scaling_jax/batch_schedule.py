@@ -72,11 +72,24 @@ def faults(config: ConfigDict, shards: int) -> list[str]:
     """
     batch = config.batch
     if batch.schedule == "stages":
-        return _stage_faults(config, shards)
+        return _stage_faults(config, shards) or _length_faults(config)
     found = []
     if batch.stages:
         found.append(f"config.batch.stages is {batch.stages}: takes config.batch.schedule=stages, which is {batch.schedule!r}")
-    return found + (_follow_faults(config) if batch.schedule == "follow" else [])
+    found += _follow_faults(config) if batch.schedule == "follow" else []
+    return found or _length_faults(config)
+
+
+def _length_faults(config: ConfigDict) -> list[str]:
+    """A run that one batch makes longer than sequences can be counted. What train.tokens does so is said with that field."""
+    beyond, end, train = (1 << 31) * config.model.context, end_tokens(config), config.train
+    if end < beyond or train.tokens - 1 + train.batch_tokens >= beyond:
+        return []
+    most = f"the run may end at {end} tokens; at context {config.model.context} it has at most {beyond - config.model.context}"
+    if config.batch.schedule == "stages":
+        largest = max(stages(config), key=lambda stage: stage.batch_tokens)
+        return [f"config.batch.stages has '{largest.tokens}={largest.batch_tokens}': {most}"]
+    return [f"config.batch.max_tokens is {config.batch.max_tokens}: {most}"] if config.batch.max_tokens else []
 
 
 def _stage_faults(config: ConfigDict, shards: int) -> list[str]:

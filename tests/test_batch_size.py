@@ -142,6 +142,25 @@ def test_a_log_with_a_hole_or_an_addition_is_caught():
         replay(following(hold=3), records)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("batch/low", "x", "whose batch/low is 'x', no number"),
+        ("batch/high", [1], "whose batch/high is [1], no number"),
+        ("batch/followed", 10**400, "whose batch/followed is 1000"),
+        ("tokens", "a", "whose tokens is 'a', no integer"),
+        ("tokens", None, "whose tokens is None, no integer"),
+        ("step", None, "whose step is None, no integer"),
+        (KEY, 256.0, "whose batch/batch_tokens is 256.0, no integer"),
+    ],
+)
+def test_a_log_that_holds_no_numbers_is_named(key, value, said):
+    _, records = log(following())
+    with pytest.raises(UserError) as caught:
+        replay(following(), [*records[:2], records[2] | {key: value}], tokens=60 * STEP)
+    assert said in str(caught.value) and "Restore metrics.jsonl" in str(caught.value)
+
+
 STAGES = ("0=64", "500=256", "600=512", "2000=128", "7600=1024")
 
 
@@ -220,5 +239,10 @@ def test_what_cannot_be_followed_is_refused(tmp_path):
         Followed(following(follow="nois"))
     (tmp_path / "law.json").write_text('{"definition": "branch", "exponent": 0.5, "log_scale": 1}')
     with pytest.raises(UserError, match="no lower bound to follow"):
+        Followed(following(follow=str(tmp_path / "law.json")))
+    write_law(
+        tmp_path / "law.json", "branch", PowerLaw(exponent=300.0, exponent_se=0.1, log_scale=1.0, points=8, centre=8.0, centre_se=0.2)
+    )
+    with pytest.raises(UserError, match="law's value at config.train.tokens, 7680, is not finite"):
         Followed(following(follow=str(tmp_path / "law.json")))
     assert Followed(following()).read(5, lambda: {"noise": (3.0, 2.0, None)}) == (3.0, 2.0, None)

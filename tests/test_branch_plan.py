@@ -9,6 +9,7 @@ from helpers import small_config
 from scaling_jax import config as config_lib
 from scaling_jax.branch.plan import Asked, Source, plan, read_source
 from scaling_jax.errors import UserError
+from scaling_jax.train.batch_size import BatchSize
 
 B = 128  # the batch of small_config
 AT = 16 * B
@@ -90,10 +91,20 @@ def test_a_run_whose_lr_followed_its_batch_keeps_its_rule():
     assert "--lr_rule=linear" in text and f"a batch of {2 * B}" in text and "must be sqrt too" in text
 
 
-def test_where_the_batch_followed_a_measurement_the_records_tell_it(tmp_path):
-    run = source(tmp_path, batch__schedule="follow")
-    lines = [{"tokens": 14 * B, "batch_tokens": 2 * B}, {"tokens": AT, "eval/heldout/loss": 2.0}, {"tokens": 20 * B, "batch_tokens": 4 * B}]
-    assert "no record up to" in refused(run, Asked([AT], [1, 2], 16 * B))
+@pytest.mark.parametrize("start_tokens", [0, 6 * B])
+def test_where_the_batch_followed_a_measurement_its_log_tells(tmp_path, start_tokens):
+    """A run that logs its last step only, the step before the doubling at the checkpoint."""
+    run = source(tmp_path, batch__schedule="follow", batch__look_tokens=2 * B, batch__hold=1)
+    run = run._replace(identity={"start": {"identity": "abc", "tokens": start_tokens}} if start_tokens else {})
+    size, tokens, lines = BatchSize(run.config, start_tokens), start_tokens, []
+    while tokens < AT:
+        tokens = size.next_due(tokens)
+        low = 4.0 * B if tokens == AT else 0.0
+        lines.append(size.decide(tokens, (low, low, None)).record((tokens - start_tokens) // B))
+    assert tokens == AT and size.batch_tokens == 2 * B
+    lines = [{"tokens": AT, "batch_tokens": B, "loss": 2.0}, *lines, {"tokens": AT, "eval/heldout/loss": 2.0}]
+    text = refused(run, Asked([AT], [1, 2], 16 * B))
+    assert text.startswith(f"--run={tmp_path}: the log of decisions about the batch has none at {start_tokens + 2 * B:,} tokens")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     one, two = plan(run, Asked([AT], [1, 2], 16 * B))
     assert one.batch_tokens == 2 * B and one.config.batch.schedule == "stages" and two.config.batch.stages == (f"{AT}={4 * B}",)
@@ -112,15 +123,27 @@ def test_where_the_batch_followed_a_measurement_the_records_tell_it(tmp_path):
         (Asked([], [1, 2]), "--at_tokens=… is missing"),
         (Asked([AT, 5], [1, 2]), f"--at_tokens=5: run has no such checkpoint; there are {AT}. config.checkpoint.keep_at_tokens"),
         (Asked([AT], [1, 8], 16 * B), f"--factors=1,8: the largest batch, {8 * B} tokens, takes 2 steps"),
-        (Asked([AT], [1, 3], 16 * B - 1), None),  # 18 of B, 6 of 3B
+        (Asked([AT], [1, 3], 16 * B - 1), [18, 6]),
+        (Asked([AT], [1, 3, 5], 16 * B), [30, 10, 6]),
+        (
+            Asked([AT], [1, 3, 5, 7], 16 * B),
+            f"every {105 * B} tokens only, and so take a span of {105 * B} from {AT} on in place of {16 * B}",
+        ),
+        (
+            Asked([64 * B], [1, 2, 3, 5, 7], None),
+            f"in place of {8 * B}; must be factors that divide each other, or --span_tokens={210 * B}",
+        ),
+        (Asked([AT], [1, 10**400]), "--factors: the largest is a number of 401 digits; must be at most 2147483647"),
+        (Asked([AT], [1, 2], 10**400), f"must be at most {(2**31 - 1) * 16 - AT} from {AT} on, more a run cannot count"),
         (Asked([AT], [1, 6], 16 * B), f"at least 4: leave it out, or --span_tokens={24 * B}"),
     ],
 )
 def test_what_is_asked_for_wrongly_is_named(asked, words):
-    if words is None:
-        assert [b.steps for b in plan(source(), asked)] == [18, 6]
+    run = source(checkpoints=[AT, 64 * B] if 64 * B in asked.at_tokens else [AT])
+    if isinstance(words, list):
+        assert [b.steps for b in plan(run, asked)] == words
     else:
-        assert words in refused(source(), asked)
+        assert words in refused(run, asked)
 
 
 def test_a_stored_config_is_read_back_as_it_was(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from helpers import small_config
 
 from scaling_jax.branch.plan import Asked
+from scaling_jax.branch.results import Result
 from scaling_jax.branch.run import Stopped, branch
 from scaling_jax.cli import main
 from scaling_jax.errors import UserError
@@ -156,8 +157,15 @@ def test_other_settings_are_refused_and_overwrite_deletes_the_branches(copy, mon
     assert branch(copy, ASKED._replace(lr_rule="none")) == results and len(ran) == 2  # that a branch diverged is a result
 
 
-def test_a_result_without_its_losses_is_measured_again(copy, monkeypatch):
-    (copy / "branches" / str(AT) / "x1" / "heldout_losses.npy").unlink()
+@pytest.mark.parametrize("damage", ["absent", "truncated", "empty", "another mean"])
+def test_a_result_without_its_losses_is_measured_again(copy, monkeypatch, damage):
+    path = copy / "branches" / str(AT) / "x1" / "heldout_losses.npy"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "another mean":
+        np.save(path, np.full(8, 2.0))
+    elif damage != "absent":
+        path.write_bytes(whole[: {"truncated": -9, "empty": 0}[damage]])
     factors = []
 
     def interrupted(config, workdir, start):
@@ -174,5 +182,38 @@ def test_branches_in_use_and_damaged_results_are_named(copy, monkeypatch):
     with open(copy / "branches" / ".lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert f"--run={copy}: its branches are in use by another process" in refused(copy, ASKED, monkeypatch)
-    (copy / "branches" / "branches.json").write_text("{")
-    assert "branches.json: damaged; delete it" in refused(copy, ASKED, monkeypatch)
+    path = copy / "branches" / "branches.json"
+    stored = json.loads(path.read_text())
+    row = stored["branches"][0]
+    for damaged in (
+        "{",
+        "[]",
+        stored | {"branches": [{}]},
+        stored | {"branches": [3]},
+        stored | {"branches": [row | {"loss": "2.5"}]},
+        stored | {"branches": [row | {"factor": None}]},
+        stored | {"settings": {str(AT): 3}},
+    ):
+        path.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+        assert "branches.json: damaged; delete it" in refused(copy, ASKED, monkeypatch)
+    shutil.rmtree(copy / "branches")
+    (copy / "branches").touch()
+    assert refused(copy, ASKED, monkeypatch) == f"--run={copy}: {copy / 'branches'} is a file, must be a directory"
+
+
+def test_a_full_disk_is_one_message(copy, monkeypatch, capsys):
+    """Where the losses and where the results are written: a device that is always full."""
+    monkeypatch.setattr("scaling_jax.branch.run.train", lambda config, workdir, start: {"status": "stopped"})
+    monkeypatch.setattr(
+        "scaling_jax.branch.run._HeldOut.of", lambda self, b: Result(AT, 2, 2 * B, "sqrt", END - AT, 3.0, 0.0, np.full(8, 3.0))
+    )
+    (copy / "branches" / str(AT) / "x2").mkdir()
+    argv = ["branch", f"--run={copy}", f"--at_tokens={AT}", "--factors=1,2", f"--span_tokens={END - AT}"]
+    for name in (f"{AT}/x2/heldout_losses.npy", "branches.json.tmp"):
+        full = copy / "branches" / name
+        full.symlink_to("/dev/full")
+        capsys.readouterr()
+        assert main(argv) == 2
+        assert f"--run={copy}: no space left on the disk; free some and run the same command again\n" in capsys.readouterr().err
+        full.unlink(missing_ok=True)
+    assert main(argv) == 0

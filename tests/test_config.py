@@ -167,6 +167,8 @@ STAGED = {"batch__schedule": "stages", "model__context": 16, "train__batch_token
         ({"batch__schedule": "follow", "batch__follow": "preconditioned", "noise_scale__preconditioned": True}, []),
         ({"batch__schedule": "follow", "batch__max_tokens": 63}, ["config.batch.max_tokens is 63: must be at least where the batch"]),
         ({"batch__schedule": "follow", "batch__max_tokens": 64}, []),
+        ({"batch__schedule": "follow", "batch__max_tokens": 10**14}, ["config.batch.max_tokens is 100000000000000: the run may end at"]),
+        ({"batch__stages": ("8=64", f"512={16 * 10**16}")}, ["config.batch.stages has '512=160000000000000000': the run may end at"]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_the_batch(fields: dict, expected: list[str]):

@@ -1,4 +1,4 @@
-"""The file and the commands of docs/parametrization.md work as printed, made small."""
+"""The files and the commands of the documentation work as printed, made small."""
 
 import re
 import shlex
@@ -62,3 +62,11 @@ def test_the_tolerances_are_those_of_the_code():
     for axis in ("width", "depth"):
         assert [TOLERANCE[axis, quantity] for quantity in ("activation", "update", "epsilon", "decay")] == numbers
         assert TOLERANCE[axis, "change"] == numbers[0] and numbers[3] == EXACT
+
+
+def test_any_model_is_measured_in_the_loop_that_is_shown(tmp_path):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/noise_scale.md").read_text(), re.DOTALL)
+    done = run(tmp_path, snippet, "my_model.py")
+    assert done.returncode == 0, done.stderr
+    low, high = (float(re.search(rf"{end}=Array\(\[([0-9.]+|inf),", done.stdout)[1]) for end in ("low", "high"))
+    assert 0 <= low < high

@@ -61,6 +61,9 @@ def test_noise_is_in_tokens_and_each_metric_reads_its_own_keys():
     assert noise([{"tokens": 5.0}], "preconditioned") == []
     with pytest.raises(UserError, match="metric is 'hessian'; it must be one of noise, preconditioned"):
         noise(records, "hessian")
+    for wrong, said in (({"bins": 0}, "bins is 0"), ({"bins": 1.5}, "bins is 1.5"), ({"from_tokens": "x"}, "from_tokens is 'x'")):
+        with pytest.raises(UserError, match=f"{said}; it must be a"):
+            noise(records, **wrong)
 
 
 # ------------------------------------------------------------------------------------------------------- tradeoff and overhead
@@ -260,13 +263,18 @@ def test_faulty_tables_of_branches():
         ([{k: v for k, v in good[0].items() if k != "loss"}, *good[1:]], "row 1 of the table has no loss"),
         ([good[0] | {"factor": -1}, *good[1:]], "row 1 of the table: factor is -1; it must be a positive number"),
         (branches([3.0] * 5, losses=[[3.0, 3.0]] * 4 + [[3.0]]), "losses at tokens 1e+08 hold [2, 2, 2, 2, 1] sequences"),
+        ([*good, "x"], "row 6 of the table is 'x'; it must be a dict of columns"),
+        (branches([3.0] * 5, losses=["x"] * 5), "losses at tokens 1e+08, factor 1 are 'x'; they must be a list of numbers, one a sequence"),
+        (branches([3.0] * 5, losses=[[3.0, [3.0]]] * 5), "factor 1 are [3.0, [3.0]]; they must be a list of numbers"),
+        (branches([3.0] * 5, losses=[[3.0, 3.0]] * 4 + [[3.0, 3.1]]), "factor 16 have the mean 3.05, and loss is 3; it must be their mean"),
         (branches([3.0] * 5, losses=[[3.0, 3.0]] * 4 + [[3.0, np.nan]]), "losses at tokens 1e+08, factor 16 are not all finite"),
     ]:
         with pytest.raises(UserError) as caught:
             branch(faulty)
         assert message in str(caught.value)
-    with pytest.raises(UserError, match="tolerance is -1; it must be"):
-        branch(good, -1)
+    for tolerance in (-1, "x", None, True):
+        with pytest.raises(UserError, match="tolerance is .*; it must be a number of nats per token, 0 or more"):
+            branch(good, tolerance)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ kink
@@ -321,6 +329,9 @@ def test_faulty_tables_of_lrs():
         with pytest.raises(UserError) as caught:
             kink(faulty, "surge")
         assert message in str(caught.value)
+    for delta in (0, -1.0, "x"):
+        with pytest.raises(UserError, match="huber_delta is .*; it must be a positive number, or None"):
+            kink_fit(good, "surge", delta)
     with pytest.raises(UserError, match="form is 'power'; it must be surge or plateau"):
         kink(good, "power")
     with pytest.raises(UserError, match="form is 'spline'; it must be one of surge, plateau, power"):

@@ -45,6 +45,7 @@ def test_a_law_without_errors_has_no_interval(tmp_path):
         (GOOD | {"definition": ["branch"]}, "definition is ['branch']"),
         (GOOD | {"exponent": "0.5"}, "exponent is '0.5'; it must be a finite number"),
         (GOOD | {"exponent": True}, "exponent is True"),
+        (GOOD | {"log_scale": 10**400}, "; it must be a finite number"),
         (GOOD | {"log_scale": math.inf}, "log_scale is inf"),
         (GOOD | {"centre_se": -1.0}, "centre_se is -1.0; a standard error is not negative"),
         (GOOD | {"points": 2.5}, "points is 2.5; it must be a number of measurements"),

@@ -74,6 +74,10 @@ def test_a_lopsided_valley_falls_back_to_three_points():
         ([{"batch_tokens": 1e5, "lr": lr, "loss": None} for lr in GRID], "every run diverged"),
         ([row | {"loss": row["loss"] if row["lr"] <= 1e-3 else None} for row in runs(planted)], "its lowest loss is at lr 0.000976562"),
         ([{"batch_tokens": 1e5, "lr": 0.0, "loss": 3.0}], "row 1 of the table: lr is 0.0; it must be a positive number"),
+        ([{"batch_tokens": 1e5, "lr": 0.1, "loss": "x"}], "row 1 of the table: loss is 'x'; it must be a number, or None"),
+        ([{"batch_tokens": 1e5, "lr": 10**400, "loss": 3.0}], "; it must be a positive number"),
+        ([{"batch_tokens": 1e5, "lr": 0.1, "loss": 3.0}, 3], "row 2 of the table is 3; it must be a dict of columns"),
+        (None, "the table is None; it must be a list of dict rows"),
         ([{"lr": 0.1, "loss": 3.0}], "row 1 of the table has no batch_tokens; it has lr, loss"),
     ],
 )
@@ -81,6 +85,12 @@ def test_no_minimum_inside(table, message):
     with pytest.raises(UserError) as caught:
         lr_optima(table)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("each_side", [0, 1.5, "2", None])
+def test_each_side_is_a_whole_number(each_side):
+    with pytest.raises(UserError, match="each_side is .*; it must be an integer, 1 or more"):
+        lr_optima(runs(planted), each_side)
 
 
 def test_published_sweep_cannot_tell_the_forms_apart():

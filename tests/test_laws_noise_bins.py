@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from scaling_jax.errors import UserError
 from scaling_jax.laws.noise_bins import noise_bins, noise_exponent
 
 CONTEXT, SEQUENCES = 64, 16
@@ -89,3 +90,9 @@ def test_too_few_steps_give_no_interval():
     (found,) = noise_bins(run_records(5))
     assert found["low"] is None and found["high"] is None
     assert noise_exponent(run_records(5)) is None
+
+
+@pytest.mark.parametrize("value", ["x", [1.0], 10**400, True])
+def test_a_record_that_holds_no_number_is_named(value):
+    with pytest.raises(UserError, match=r"row 2 of the table: grad_sq_step is .*; it must be a number, or None"):
+        noise_bins([*run_records(1), run_records(1)[0] | {"grad_sq_step": value}])

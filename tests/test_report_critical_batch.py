@@ -91,7 +91,11 @@ def test_a_law_that_no_longer_holds_leaves_no_file(tmp_path):
     assert not (tmp_path / "laws" / "branch.json").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"points": [{"tokens": 1}]}'])
+POINT = {"definition": "branch", "tokens": 1e5, "batch_tokens": 512.0, "low": None, "high": None}
+DAMAGED_POINTS = [POINT | {"tokens": "a"}, POINT | {"tokens": None}, POINT | {"low": "1"}, POINT | {"definition": "noise"}, {"tokens": 1}]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"tolerance": 0.01}', *(json.dumps({"points": [point]}) for point in DAMAGED_POINTS)])
 def test_a_damaged_file_of_branches_is_named(tmp_path, content):
     (tmp_path / "branches").mkdir()
     (tmp_path / "branches" / "critical_batch.json").write_text(content)

@@ -57,4 +57,7 @@ def test_branches_join_the_figure_of_a_run_that_has_ended(tmp_path):
     assert (tmp_path / "figures" / "critical_batch.png").read_bytes() != before
     definition, law = read_law(tmp_path / "laws" / "branch.json")
     assert definition == "branch" and law.exponent == pytest.approx(1.0)
-    assert (tmp_path / "laws" / "noise.json").exists()
+    (tmp_path / "metrics.jsonl").write_text("")
+    noise = (tmp_path / "laws" / "noise.json").read_text()
+    draw_critical_batch(tmp_path)
+    assert (tmp_path / "laws" / "noise.json").read_text() == noise

@@ -14,14 +14,16 @@ from ml_collections import ConfigDict
 
 from scaling_jax import config as config_lib
 from scaling_jax.batch_schedule import batch_at, lr_end_tokens, stages
+from scaling_jax.branch.results import branch_dir
 from scaling_jax.errors import UserError
 from scaling_jax.train import checkpoint
-from scaling_jax.train.batch_size import microbatches
+from scaling_jax.train.batch_size import microbatches, replay
 from scaling_jax.train.metrics import read_records
 from scaling_jax.train.workdir import BRANCHES, CONFIG_FILE
 
 LEAST_STEPS = 4  # of a branch: with fewer, the first steps after the change are all there is to see
-SPAN = 1 / 8  # of the tokens seen so far, where no span is asked for
+SPAN_PARTS = 8  # of the tokens seen so far, of which a span is one where none is asked for
+MOST = (1 << 31) - 1  # sequences that a run can count
 LR_RULES = ("sqrt", "linear", "none")
 
 
@@ -35,7 +37,7 @@ class Source(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What to measure. `span_tokens` None is SPAN of the tokens seen; `lr_rule` the power of k that the lr is times, see LR_RULES."""
+    """What to measure. `span_tokens` None is an eighth of the tokens seen; `lr_rule` the power of k that the lr is times, see LR_RULES."""
 
     at_tokens: Sequence[int]
     factors: Sequence[int]
@@ -96,7 +98,7 @@ def plan(source: Source, asked: Asked) -> list[Branch]:
         batch_tokens = batch_there(source, at_tokens)
         span_tokens = _span(source, asked, at_tokens, batch_tokens)
         for factor in asked.factors:
-            workdir = source.workdir / BRANCHES / str(at_tokens) / f"x{factor}"
+            workdir = branch_dir(source.workdir / BRANCHES, at_tokens, factor)
             config = _config(source, asked.lr_rule, at_tokens, batch_tokens, factor, at_tokens + span_tokens)
             branch = Branch(at_tokens, factor, factor * batch_tokens, asked.lr_rule, at_tokens + span_tokens, workdir, config)
             branches.append(branch)
@@ -108,6 +110,8 @@ def _check_flags(asked: Asked) -> None:
     shown = ",".join(map(str, asked.factors))
     if len(asked.factors) < 2 or asked.factors[0] != 1 or any(b <= a for a, b in zip(asked.factors, asked.factors[1:], strict=False)):
         faults.append(f"--factors={shown}: must ascend from 1, the batch that the others are compared with, for example 1,2,4,8")
+    elif asked.factors[-1] > MOST:
+        faults.append(f"--factors: the largest is a number of {len(str(asked.factors[-1]))} digits; must be at most {MOST}")
     if not asked.at_tokens:
         faults.append("--at_tokens=… is missing: token counts of checkpoints of the run, comma-separated")
     if asked.span_tokens is not None and asked.span_tokens < 1:
@@ -119,26 +123,35 @@ def _check_flags(asked: Asked) -> None:
 
 
 def batch_there(source: Source, at_tokens: int) -> int:
-    """The batch, in tokens, with which the run itself goes on from `at_tokens`; its last one before, where it follows a measurement."""
+    """The batch, in tokens, with which the run itself goes on from `at_tokens`; where it follows a measurement its log tells."""
     if source.config.batch.schedule != "follow":
         return batch_at(source.config, at_tokens)
-    steps = [record for record in read_records(source.workdir) if "batch_tokens" in record and record["tokens"] <= at_tokens]
-    if not steps:
-        raise UserError(f"--run={source.workdir}: no record up to {at_tokens} tokens says what the batch was there")
-    return steps[-1]["batch_tokens"]
+    start = source.identity.get("start")  # of a run that itself began with another's checkpoint
+    start_tokens = start["tokens"] if isinstance(start, dict) else 0
+    try:
+        return replay(source.config, read_records(source.workdir), start_tokens, at_tokens)[0].batch_tokens
+    except UserError as error:
+        raise UserError(f"--run={source.workdir}: {error}") from error
 
 
 def _span(source: Source, asked: Asked, at_tokens: int, batch_tokens: int) -> int:
     """Tokens from a checkpoint to the end of its branches, whole batches of every one of them."""
     unit = math.lcm(*asked.factors) * batch_tokens
-    span = -(-(asked.span_tokens or at_tokens * SPAN) // unit) * unit
-    span, largest = int(span), max(asked.factors) * batch_tokens
+    wanted = asked.span_tokens or -(-at_tokens // SPAN_PARTS)
+    span, largest = -(-wanted // unit) * unit, max(asked.factors) * batch_tokens
     if span < LEAST_STEPS * largest:
         raise UserError(
             f"--factors={','.join(map(str, asked.factors))}: the largest batch, {largest} tokens, takes {span // largest} steps in the "
             f"{span} tokens from {at_tokens} on; must be at least {LEAST_STEPS}: leave it out, or "
             f"--span_tokens={-(-LEAST_STEPS * largest // unit) * unit}"
         )
+    if span > 2 * wanted:
+        raise UserError(
+            f"--factors={','.join(map(str, asked.factors))}: all of them together end a batch every {unit} tokens only, and so take a span "
+            f"of {span} from {at_tokens} on in place of {wanted}; must be factors that divide each other, or --span_tokens={span}"
+        )
+    if at_tokens + span > (most := MOST * source.config.model.context):
+        raise UserError(f"--span_tokens={span}: must be at most {max(0, most - at_tokens)} from {at_tokens} on, more a run cannot count")
     schedule, end = source.config.schedule.name, lr_end_tokens(source.config)
     if schedule != "constant" and at_tokens + span > end:
         fits = (end - at_tokens) // unit * unit

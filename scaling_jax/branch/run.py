@@ -2,19 +2,18 @@
 
 import contextlib
 import fcntl
-import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_jax import config as config_lib
-from scaling_jax.branch.plan import Asked, Branch, Source, plan, read_source
+from scaling_jax.branch.plan import SPAN_PARTS, Asked, Branch, Source, plan, read_source
+from scaling_jax.branch.results import RESULTS_FILE, Result, known_results, read, store
 from scaling_jax.console import LiveLine
 from scaling_jax.data.corpus import RunData, open_run_data
 from scaling_jax.errors import UserError
@@ -25,29 +24,7 @@ from scaling_jax.train.loop import train
 from scaling_jax.train.step import Trainer
 from scaling_jax.train.workdir import BRANCHES, digest, write_json
 
-RESULTS_FILE, LOSSES_FILE, LOCK_FILE = "branches.json", "heldout_losses.npy", ".lock"
-
-
-class Result(NamedTuple):
-    """A branch that ran. Losses are held-out nats per token of its last checkpoint; None where it diverged."""
-
-    branch: Branch
-    loss: float | None
-    loss_se: float | None  # standard error over the sequences
-    losses_N: np.ndarray | None  # per sequence, the same ones for every branch
-
-    def record(self) -> dict[str, Any]:
-        """As `branches.json` holds it."""
-        b = self.branch
-        return {
-            "tokens": b.at_tokens,
-            "factor": b.factor,
-            "batch_tokens": b.batch_tokens,
-            "lr_rule": b.lr_rule,
-            "span_tokens": b.span_tokens,
-            "loss": self.loss,
-            "loss_se": self.loss_se,
-        }
+LOCK_FILE = ".lock"
 
 
 class Stopped(Exception):
@@ -75,9 +52,12 @@ def branch(run: str | Path, asked: Asked, overwrite: bool = False) -> list[Resul
         config_lib.validate(b.config, len(jax.devices()))
     data = _open_data(source, branches)
     line = LiveLine(seconds=10, at_once=False)
-    if asked.span_tokens and any(b.span_tokens != asked.span_tokens for b in branches):
-        spans = " and ".join(f"{span:,}" for span in dict.fromkeys(b.span_tokens for b in branches))
-        line.say(f"--span_tokens={asked.span_tokens}: rounded up to {spans}, whole batches of every factor")
+    for at_tokens, span_tokens in {b.at_tokens: b.span_tokens for b in branches}.items():
+        wanted, name = asked.span_tokens, f"--span_tokens={asked.span_tokens}"
+        if wanted is None:
+            wanted, name = at_tokens / SPAN_PARTS, "an eighth of these"
+        if span_tokens != wanted:
+            line.say(f"span from {at_tokens:,} tokens on: {name}, rounded up to {span_tokens:,}, whole batches of every factor")
     root = source.workdir / BRANCHES
     with _locked(root, run):
         results = _claim(root, source, branches, overwrite)
@@ -94,10 +74,14 @@ def branch(run: str | Path, asked: Asked, overwrite: bool = False) -> list[Resul
             summary = train(b.config, b.workdir, start=Start(source.workdir, b.at_tokens))
             if summary["status"] == "interrupted":
                 raise Stopped(summary["signal"])
-            result = Result(b, None, None, None) if summary["status"] == "diverged" else losses.of(b)
+            result = _result(b, None, None, None) if summary["status"] == "diverged" else losses.of(b)
             results[b.at_tokens, b.factor] = result
-            _store(root, result)
+            store(root, result)
     return [results[b.at_tokens, b.factor] for b in branches]
+
+
+def _result(b: Branch, *losses) -> Result:
+    return Result(b.at_tokens, b.factor, b.batch_tokens, b.lr_rule, b.span_tokens, *losses)
 
 
 def _to_this_machine(config: ConfigDict) -> None:
@@ -132,6 +116,8 @@ def _open_data(source: Source, branches: Sequence[Branch]) -> RunData:
 
 @contextlib.contextmanager
 def _locked(root: Path, run: str | Path) -> Iterator[None]:
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--run={run}: {root} is a file, must be a directory")
     try:
         root.mkdir(exist_ok=True)
         lock = os.open(root / LOCK_FILE, os.O_CREAT | os.O_RDWR)
@@ -149,7 +135,7 @@ def _locked(root: Path, run: str | Path) -> Iterator[None]:
 
 def _claim(root: Path, source: Source, branches: Sequence[Branch], overwrite: bool) -> dict[tuple[int, int], Result]:
     """Makes the checkpoints' directories these branches', and reads the results that are there; UserError where they are others'."""
-    stored = _read(root)
+    stored = read(root)
     for at_tokens in dict.fromkeys(b.at_tokens for b in branches):
         one = next(b for b in branches if b.at_tokens == at_tokens)
         settings = {
@@ -171,34 +157,8 @@ def _claim(root: Path, source: Source, branches: Sequence[Branch], overwrite: bo
             )
         stored["settings"][str(at_tokens)] = settings
     write_json(root / RESULTS_FILE, stored)
-    done = {(row["tokens"], row["factor"]): row for row in stored["branches"]}
-    results = {}
-    for b in branches:
-        row, path = done.get((b.at_tokens, b.factor)), b.workdir / LOSSES_FILE
-        if row is not None and (row["loss"] is None or path.exists()):
-            losses_N = None if row["loss"] is None else np.load(path)
-            results[b.at_tokens, b.factor] = Result(b, row["loss"], row["loss_se"], losses_N)
-    return results
-
-
-def _read(root: Path) -> dict[str, Any]:
-    path = root / RESULTS_FILE
-    if not path.exists():
-        return {"settings": {}, "branches": []}
-    try:
-        stored = json.loads(path.read_text())
-        return {"settings": dict(stored["settings"]), "branches": list(stored["branches"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged; delete it: the branches stay, and their losses are measured again") from error
-
-
-def _store(root: Path, result: Result) -> None:
-    if result.losses_N is not None:
-        np.save(result.branch.workdir / LOSSES_FILE, result.losses_N)
-    stored, row = _read(root), result.record()
-    others = [other for other in stored["branches"] if (other["tokens"], other["factor"]) != (row["tokens"], row["factor"])]
-    stored["branches"] = sorted([*others, row], key=lambda row: (row["tokens"], row["factor"]))
-    write_json(root / RESULTS_FILE, stored)
+    ours = {(b.at_tokens, b.factor) for b in branches}
+    return {key: result for result in known_results(source.workdir) if (key := (result.tokens, result.factor)) in ours}
 
 
 class _HeldOut:
@@ -215,5 +175,7 @@ class _HeldOut:
         with Checkpoints(b.workdir) as checkpoints:
             state = checkpoints.restore(b.end_tokens, self.trainer.abstract_sharded_state)
         losses_N = self.evaluator.losses(state.params, self.evaluator.sequences[self.domain])
-        se = float(losses_N.std(ddof=1) / np.sqrt(len(losses_N))) if len(losses_N) > 1 else None
-        return Result(b, float(losses_N.mean()), se, losses_N)
+        if not math.isfinite(loss := float(losses_N.mean())):
+            return _result(b, None, None, None)  # its parameters overflow without gradients
+        se = float(losses_N.std(ddof=1) / math.sqrt(len(losses_N))) if len(losses_N) > 1 else None
+        return _result(b, loss, se, losses_N)

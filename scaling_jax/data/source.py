@@ -129,8 +129,8 @@ class TokenSource:
         epoch_tokens = self.sequences_per_epoch * self.context
         if train_tokens_of_run > epoch_tokens and not self.repeat:
             raise UserError(
-                f"the run reads {train_tokens_of_run} tokens (config.train.tokens, up to a whole batch); one pass over the training "
-                f"data has {epoch_tokens}. Shorten it, or set config.data.repeat=True"
+                f"the run reads {train_tokens_of_run} tokens (config.train.tokens up to a whole batch, the largest that "
+                f"config.batch allows); one pass over the training data has {epoch_tokens}. Shorten it, or set config.data.repeat=True"
             )
 
 

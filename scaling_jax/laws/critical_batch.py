@@ -11,6 +11,8 @@
 All take tidy tables: lists of dict rows, one measurement a row. A faulty table raises UserError with column, row and value.
 """
 
+import math
+import reprlib
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ import numpy as np
 from scaling_jax.errors import UserError
 from scaling_jax.laws.fit import Fit, PowerLaw, least_squares, power_law
 from scaling_jax.laws.noise_bins import METRICS, bounded_bins, noise_bins
-from scaling_jax.laws.table import at_least, only_value, optional, required
+from scaling_jax.laws.table import at_least, check, only_value, optional, required
 
 DEFINITIONS = ("noise", "preconditioned", "tradeoff", "overhead", "branch", "kink_surge", "kink_plateau")
 Table = list[dict[str, Any]]
@@ -71,8 +73,12 @@ def noise(records: Table, metric: str = "noise", bins: int | None = None, from_t
     Returns:
       One point a bin, none where no record has the keys. `batch_tokens` is None where |G|² came out below zero.
     """
-    if metric not in METRICS:
+    if metric not in tuple(METRICS):
         raise UserError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
+    if bins is not None:
+        check("bins", bins, lambda n: isinstance(n, int) and n >= 1, "an integer, 1 or more, or None")
+    if from_tokens is not None:
+        check("from_tokens", from_tokens, lambda n: n >= 0, "a number of tokens, 0 or more, or None")
     if bins is None:
         found = bounded_bins(records, from_tokens, metric)
     else:
@@ -145,8 +151,7 @@ def overhead(table: Table, reference_batch_tokens: float, overhead: float = 0.2)
       `tokens` is what the fit says that the reference batch needs to the loss. Never below (1 + overhead)·B_ref, by definition.
     """
     for name, value in (("reference_batch_tokens", reference_batch_tokens), ("overhead", overhead)):
-        if not (np.isfinite(value) and value > 0):
-            raise UserError(f"{name} is {value!r}; it must be a positive number")
+        check(name, value, lambda number: number > 0, "a positive number")
     fit = tradeoff_fit(table)
     at = [None if b is None else overhead * b + (1 + overhead) * reference_batch_tokens for b in (fit.batch_tokens, fit.low, fit.high)]
     tokens = None if fit.batch_tokens is None else fit.min_steps * (reference_batch_tokens + fit.batch_tokens)
@@ -172,12 +177,11 @@ def branch(table: Table, tolerance: float = 0.01) -> list[CriticalBatch]:
       `high` is None where none fails so. `low` is None where none but the smallest factor passes so, which passes untested. Without
       `losses` both are None. The errors are those of the held-out sequences; that of the branches' training is not in them.
     """
+    check("tolerance", tolerance, lambda nats: nats >= 0, "a number of nats per token, 0 or more")
     tokens = required(table, "tokens")
     for name in ("factor", "batch_tokens"):
         required(table, name)
     required([row for row in table if "loss" not in row or row["loss"] is not None], "loss", positive=False)
-    if not (np.isfinite(tolerance) and tolerance >= 0):
-        raise UserError(f"tolerance is {tolerance!r}; it must be a number of nats per token, 0 or more")
     groups = {at: [row for row in table if row["tokens"] == at] for at in sorted(set(tokens.tolist()))}
     return [_branch(at, sorted(rows, key=lambda row: row["factor"]), tolerance) for at, rows in groups.items()]
 
@@ -204,20 +208,32 @@ def _branch(tokens: float, rows: Table, tolerance: float) -> CriticalBatch:
 
 def _half_intervals(tokens: float, rows: Table) -> list[list[float]] | None:
     """1.96 standard errors of each row's mean difference to each row before; None where no row has `losses`."""
-    lengths = [len(row["losses"]) if row.get("losses") is not None else 0 for row in rows if row["loss"] is not None]
+    losses = [None if row["loss"] is None or row.get("losses") is None else _losses(tokens, row) for row in rows]
+    lengths = [0 if values is None else len(values) for row, values in zip(rows, losses, strict=True) if row["loss"] is not None]
     if not any(lengths):
         return None
     if min(lengths) < 2 or len(set(lengths)) > 1:
         raise UserError(f"losses at tokens {tokens:g} hold {lengths} sequences by factor; all need the same ones, two or more")
-    losses = [None if row["loss"] is None else np.asarray(row["losses"], float) for row in rows]
-    for row, values in zip(rows, losses, strict=True):
-        if values is not None and not np.isfinite(values).all():
-            raise UserError(f"losses at tokens {tokens:g}, factor {row['factor']:g} are not all finite")
 
     def half(mine, other):  # what diverged is worse beyond doubt
         return 0.0 if mine is None or other is None else float(_Z * np.std(mine - other, ddof=1) / np.sqrt(len(mine)))
 
     return [[half(mine, other) for other in losses[:k]] for k, mine in enumerate(losses)]
+
+
+def _losses(tokens: float, row: dict[str, Any]) -> np.ndarray:
+    name = f"losses at tokens {tokens:g}, factor {row['factor']:g}"
+    try:
+        values = np.asarray(row["losses"])
+    except (ValueError, TypeError):  # rows of several lengths
+        values = np.asarray(None)
+    if values.ndim != 1 or (len(values) and values.dtype.kind not in "fiu"):
+        raise UserError(f"{name} are {reprlib.repr(row['losses'])}; they must be a list of numbers, one a sequence")
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} are not all finite")
+    if len(values) and not math.isclose(values.mean(dtype=float), row["loss"], rel_tol=1e-4, abs_tol=1e-6):
+        raise UserError(f"{name} have the mean {values.mean():g}, and loss is {row['loss']:g}; it must be their mean")
+    return values.astype(float)
 
 
 # ----------------------------------------------------------------------------------------------------------- bend of the best learning rate
@@ -258,8 +274,10 @@ def kink_fit(table: Table, form: str, huber_delta: float | None = None) -> Kink:
         which has no bend and is what the other two have to beat.
       huber_delta: as in `least_squares`.
     """
-    if form not in KINK_FORMS:
+    if form not in tuple(KINK_FORMS):
         raise UserError(f"form is {form!r}; it must be one of {', '.join(KINK_FORMS)}")
+    if huber_delta is not None:
+        check("huber_delta", huber_delta, lambda delta: delta > 0, "a positive number, or None")
     at_least(table, 4, "a bend of the learning rate")
     batch, lr, se = required(table, "batch_tokens"), required(table, "lr"), optional(table, "lr_se")
     _different(batch, "batch_tokens", 3)

@@ -13,6 +13,7 @@ from pathlib import Path
 from scaling_jax.errors import UserError
 from scaling_jax.laws.critical_batch import DEFINITIONS
 from scaling_jax.laws.fit import PowerLaw
+from scaling_jax.laws.table import check
 
 _NEEDED, _ERRORS = ("exponent", "log_scale"), ("exponent_se", "centre", "centre_se")
 
@@ -49,9 +50,8 @@ def read_law(path: str | Path) -> tuple[str, PowerLaw]:
         raise UserError(f"{path}: definition is {content['definition']!r}; it must be one of {', '.join(DEFINITIONS)}")
     numbers = {key: math.nan if content.get(key) is None else content[key] for key in _NEEDED + _ERRORS}
     for key, value in numbers.items():
-        known = content.get(key) is not None
-        if isinstance(value, bool) or not isinstance(value, int | float) or (known and not math.isfinite(value)):
-            raise UserError(f"{path}: {key} is {value!r}; it must be a finite number")
+        if content.get(key) is not None:
+            check(f"{path}: {key}", value, lambda _: True, "a finite number")
         if key.endswith("_se") and value < 0:
             raise UserError(f"{path}: {key} is {value!r}; a standard error is not negative")
     points = content.get("points") or 0

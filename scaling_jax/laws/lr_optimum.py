@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.table import required
+from scaling_jax.laws.table import check, known, required
 
 
 def lr_optima(table: list[dict[str, Any]], each_side: int = 2) -> list[dict[str, float]]:
@@ -24,8 +24,9 @@ def lr_optima(table: list[dict[str, Any]], each_side: int = 2) -> list[dict[str,
     Raises:
       UserError: the lowest loss of a batch size is at an edge of what did not diverge, so that the minimum may be anywhere beyond.
     """
+    check("each_side", each_side, lambda n: isinstance(n, int) and n >= 1, "an integer, 1 or more")
     batch, lr = required(table, "batch_tokens"), required(table, "lr")
-    loss = np.array([np.nan if row.get("loss") is None else row["loss"] for row in table], float)
+    loss = known(table, "loss")
     minima = [_minimum(at, lr[batch == at], loss[batch == at], each_side) for at in np.unique(batch)]
     sum_sq, dof = sum(m[3] for m in minima), sum(m[4] for m in minima)
     se = np.sqrt(sum_sq / dof) if dof else 0.0

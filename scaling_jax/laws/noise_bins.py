@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from scaling_jax.laws.fit import PowerLaw, power_law
+from scaling_jax.laws.table import known
 
 METRICS = {  # which of a step's own estimates of |G|² and tr Σ
     "noise": ("grad_sq_step", "grad_trace_step"),
@@ -107,6 +108,5 @@ def _compiled_ratio_interval() -> Callable:
 
 
 def column(records: list[dict], key: str) -> np.ndarray:
-    """A key's values as floats; nan where missing, None or infinite."""
-    values = np.array([math.nan if record.get(key) is None else record[key] for record in records], float)
-    return np.where(np.isfinite(values), values, np.nan)
+    """A key's values as floats; nan where missing, None or infinite. UserError where one is no number."""
+    return known(records, key)

@@ -161,8 +161,9 @@ def _sum_by_sequence(x_BxLxI: Array, dy_BxLxO: Array, shards: int, metric_IxO: A
 
 def _squares(product: Array, metric: Array | None) -> Array:
     """Σ C² of one sequence; with a metric [Σ C², Σ P·C²]."""
-    square = jnp.square(product)
-    return jnp.sum(square) if metric is None else jnp.stack([jnp.sum(square), jnp.sum(square * metric.astype(jnp.float32))])
+    square = jnp.sum(jnp.square(product))
+    # Not the square times P: XLA's CPU backend would write it down for both sums.
+    return square if metric is None else jnp.stack([square, jnp.sum(product * (product * metric.astype(jnp.float32)))])
 
 
 def _check_probe(probe_B: Array, metric: Array | None) -> None:

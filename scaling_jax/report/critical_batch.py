@@ -6,6 +6,7 @@ A run can have `noise` and `preconditioned`, from its records, and `branch`, onc
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from scaling_jax.laws.critical_batch import CriticalBatch, law, noise
 from scaling_jax.laws.fit import PowerLaw
 from scaling_jax.laws.law_file import write_law
 from scaling_jax.laws.noise_bins import TRANSIENT, column
+from scaling_jax.laws.table import is_number
 from scaling_jax.report.branch import CRITICAL_BATCH_FILE
 from scaling_jax.report.figures import (
     BLUE,
@@ -63,19 +65,25 @@ def _branch_points(path: Path) -> list[CriticalBatch]:
     if not path.exists():
         return []
     try:
-        return [CriticalBatch(**point) for point in json.loads(path.read_text())["points"]]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: damaged; delete it, and `scaling-jax branch` with the same flags writes it again") from None
+        points = [CriticalBatch(**point) for point in json.loads(path.read_text())["points"]]
+        sound = all(p.definition == "branch" and is_number(p.tokens) and all(v is None or is_number(v) for v in p[2:]) for p in points)
+    except (OSError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path}: damaged; delete it, and `scaling-jax branch` with the same flags writes it again")
+    return points
 
 
-def write_laws(workdir: str | Path, found: dict[str, list[CriticalBatch]]) -> dict[str, PowerLaw]:
-    """Fits each definition's law, writes it to DIR/laws/<definition>.json, and returns them by definition.
+def write_laws(
+    workdir: str | Path, found: dict[str, list[CriticalBatch]], definitions: Sequence[str] = tuple(_LOOKS)
+) -> dict[str, PowerLaw]:
+    """Fits each definition's law and returns them by name; those of `definitions` it writes to DIR/laws/<definition>.json.
 
     A definition with fewer than three bounded points has no law, and keeps no file of an earlier one.
     """
     directory = Path(workdir) / LAWS
     laws = {definition: fitted for definition, points in found.items() if (fitted := law(points)) is not None}
-    for definition in _LOOKS:
+    for definition in definitions:
         path = directory / f"{definition}.json"
         if definition in laws:
             directory.mkdir(exist_ok=True)

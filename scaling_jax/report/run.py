@@ -40,13 +40,16 @@ def report_run(workdir: str | Path, summary: dict[str, Any]) -> str:
 
 
 def draw_critical_batch(workdir: str | Path) -> Path | None:
-    """Draws DIR/figures/critical_batch.png and writes DIR/laws from what the run has by now; None where it has no critical batch."""
+    """Draws DIR/figures/critical_batch.png from what the run has by now; None where it has no critical batch.
+
+    Of DIR/laws only branch.json is written: the others are the run's, and its records may be gone or still growing.
+    """
     workdir = Path(workdir)
     records = read_records(workdir)
     found = critical_batches(workdir, records)
     path = workdir / FIGURES / CRITICAL_BATCH_FIGURE
     path.parent.mkdir(exist_ok=True)
-    return path if critical_batch_figure(found, write_laws(workdir, found), records, path) else None
+    return path if critical_batch_figure(found, write_laws(workdir, found, ["branch"]), records, path) else None
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -9,15 +9,18 @@ it, and anybody can check it.
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_jax import batch_schedule
 from scaling_jax.errors import UserError
 from scaling_jax.laws.law_file import read_law
+from scaling_jax.laws.table import is_number
 
 KEY = "batch/batch_tokens"  # records of decisions have it, and no others
 
@@ -114,7 +117,13 @@ class Followed:
         if not Path(self.name).is_file():
             raise UserError(f"config.batch.follow is {self.name!r}: must be noise, preconditioned, or the path of a law file; no such file")
         definition, self.law = read_law(self.name)
-        if not math.isfinite(self.law.interval(config.train.tokens)[0]):
+        value, low, _ = self._of_law(config.train.tokens)
+        if not math.isfinite(value):
+            raise UserError(
+                f"config.batch.follow is {self.name!r}: the law's value at config.train.tokens, {config.train.tokens}, is not finite; must "
+                "be a law in tokens, exp(log_scale) · tokens^exponent"
+            )
+        if not math.isfinite(low):
             raise UserError(
                 f"config.batch.follow is {self.name!r}: a law without exponent_se, centre or centre_se has no lower bound to follow"
             )
@@ -124,8 +133,11 @@ class Followed:
         """Its value and 95% interval after `tokens` of the run; `noise` is asked only where there is no law."""
         if self.law is None:
             return noise()[self.name]
-        low, high = self.law.interval(tokens)
-        return float(self.law(tokens)), float(low), float(high)
+        return self._of_law(tokens)
+
+    def _of_law(self, tokens: int) -> Reading:
+        with np.errstate(over="ignore", invalid="ignore"):  # an end may be infinite
+            return float(self.law(tokens)), *map(float, self.law.interval(tokens))
 
 
 def replay(
@@ -146,7 +158,10 @@ def replay(
       UserError: a decision is missing from the log, or is another than its own numbers lead to.
     """
     size, decisions, at = BatchSize(config, start_tokens), [], start_tokens
-    logged = [record for record in records if KEY in record and (tokens is None or record["tokens"] <= tokens)]
+    logged = [record for record in records if KEY in record]
+    for record in logged:
+        _check_numbers(record)
+    logged = [record for record in logged if tokens is None or record["tokens"] <= tokens]
     for record in logged:
         due = size.next_due(at)
         if record["tokens"] != due:
@@ -164,6 +179,15 @@ def replay(
     if tokens is not None and (tokens - at) % size.batch_tokens:
         raise _inconsistent(f"leads to {size.batch_tokens:,} tokens from {at:,} on, which no step ends at {tokens:,} with")
     return size, decisions
+
+
+def _check_numbers(record: Mapping[str, Any]) -> None:
+    for key in ("step", "tokens", KEY):
+        if type(record.get(key)) is not int:
+            raise _inconsistent(f"has one whose {key} is {reprlib.repr(record.get(key))}, no integer")
+    for key, value in zip(("batch/followed", "batch/low", "batch/high"), reading_of(record), strict=True):
+        if value is not None and not is_number(value):
+            raise _inconsistent(f"has one at {record['tokens']:,} tokens whose {key} is {reprlib.repr(value)}, no number")
 
 
 def _inconsistent(what: str) -> UserError:

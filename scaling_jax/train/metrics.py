@@ -70,9 +70,12 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for line in file:
             end += len(line)
             try:
-                yield end, json.loads(line)
+                record = json.loads(line)
             except ValueError:
                 return
+            if not isinstance(record, dict):
+                return
+            yield end, record
 
 
 class MetricsWriter:

@@ -65,8 +65,10 @@ class NoiseMeter:
         weights = dict(nnx.to_flat_state(metric)) if metric is not None else {}
         for path, grad in nnx.to_flat_state(grads):
             kind = parameter_kind(path)
-            square = jnp.square(grad[...]) if metric is None else weights[path][...].astype(jnp.float32) * jnp.square(grad[...])
-            sums[kind] += square.reshape(self.blocks[kind] or 1, -1).sum(1)
+            grad_NxI = grad[...].reshape(self.blocks[kind] or 1, -1)
+            other_NxI = grad_NxI if metric is None else weights[path][...].astype(jnp.float32).reshape(grad_NxI.shape) * grad_NxI
+            # Products, not squares: those are in the norm that clips already, and XLA's CPU backend would write them down for both.
+            sums[kind] += jnp.einsum("ni,ni->n", grad_NxI, other_NxI, precision=jax.lax.Precision.HIGHEST)
         return jnp.concatenate(list(sums.values()))
 
     def update(

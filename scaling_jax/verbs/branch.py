@@ -1,5 +1,6 @@
 """`scaling-jax branch`."""
 
+import errno
 import math
 import sys
 
@@ -38,14 +39,21 @@ def _run(values: flags.FlagValues) -> int:
     from scaling_jax.report.run import draw_critical_batch
 
     try:
-        results = branch(values.run, Asked(at_tokens, factors, values.span_tokens, values.lr_rule), values.overwrite)
+        branch(values.run, Asked(at_tokens, factors, values.span_tokens, values.lr_rule), values.overwrite)
+        text, all_known = report_branches(values.run, at_tokens, values.tolerance)
+        print(text)
+        if (figure := draw_critical_batch(values.run)) is not None:
+            print(f"\nfigure {figure}")
     except Stopped as stopped:
         print("interrupted, saved; the same command continues", file=sys.stderr)
         return 128 + stopped.args[0]
-    text, all_known = report_branches(results, values.tolerance, values.run)
-    print(text)
-    if (figure := draw_critical_batch(values.run)) is not None:
-        print(f"\nfigure {figure}")
+    except BrokenPipeError:  # of the output, not of a file
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"--run={values.run}: no space left on the disk; free some and run the same command again") from error
+        where, why = error.filename or "its files", error.strerror or error
+        raise UserError(f"--run={values.run}: {where} cannot be read or written: {why}") from error
     return 0 if all_known else 1
 
 
