@@ -111,8 +111,8 @@ def preconditioner(config: ConfigDict, state: Any) -> nnx.State:
     """AdamW's own metric P, a tree like the parameters: the role's lr multiplier over √v̂ + eps, from the moments in its state.
 
     An entry that never had a gradient has no v̂ and gets P = 0; so have all of them before the first step. As in `adamw`, a gradient
-    is divided by its role's epsilon factor before it enters v̂, so P is divided by that factor too. Rounded to bfloat16, which halves
-    its memory: any P that does not know the batch gives unbiased estimates, and both of them use the same.
+    is divided by its role's epsilon factor before it enters v̂, so P is divided by that factor too. Rounded to compute_dtype: any P that
+    does not know the batch gives unbiased estimates, and both of them use the same.
     """
     o, (_, moments, roles) = config.optimizer, state
     correction = 1 - jnp.float32(o.b2) ** moments.count.astype(jnp.float32)
@@ -120,6 +120,6 @@ def preconditioner(config: ConfigDict, state: Any) -> nnx.State:
     def of(nu, lr, eps):
         scale = (lr / o.lr) / (eps / o.eps)
         p = jnp.where(nu > 0, scale / (jnp.sqrt(nu / jnp.where(moments.count > 0, correction, 1.0)) + o.eps), 0.0)
-        return p.astype(jnp.bfloat16)
+        return p.astype(config.model.compute_dtype)
 
     return jax.tree.map(of, moments.nu, roles.lr, roles.eps)

@@ -26,6 +26,7 @@ own sequences at the same time. It changes the order of the sum and nothing else
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +59,7 @@ def dense(
     Returns:
       y_BxLxO. The cotangent of probe_B is ‖x_bᵀ·dy_b‖².
     """
-    if probe_B is None:
-        return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards, out_dtype)
-    _check_shards(x_BxLxI.shape[0], shards)
-    _check_probe(probe_B, metric_IxO)
-    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metric_IxO)
+    return _plain_or_probed(x_BxLxI, w_IxO, probe_B, None if metric_IxO is None else (metric_IxO,), shards, out_dtype)
 
 
 def dense_many(
@@ -81,10 +78,18 @@ def dense_many(
     if not joined or len(ws_IxO) == 1:
         metrics_IxO = metrics_IxO or [None] * len(ws_IxO)
         return [dense(x_BxLxI, w_IxO, probe_B, p_IxO, shards=shards) for w_IxO, p_IxO in zip(ws_IxO, metrics_IxO, strict=True)]
-    metric_IxO = jnp.concatenate(metrics_IxO, axis=1) if metrics_IxO else None
-    y_BxLxO = dense(x_BxLxI, jnp.concatenate(ws_IxO, axis=1), probe_B, metric_IxO, shards=shards)
+    metrics_IxO = None if metrics_IxO is None else tuple(metrics_IxO)  # joined in the backward pass: the forward would keep them twice
+    y_BxLxO = _plain_or_probed(x_BxLxI, jnp.concatenate(ws_IxO, axis=1), probe_B, metrics_IxO, shards, None)
     ends = list(itertools.accumulate(w_IxO.shape[1] for w_IxO in ws_IxO))
     return jnp.split(y_BxLxO, ends[:-1], axis=2)
+
+
+def _plain_or_probed(x_BxLxI, w_IxO, probe_B, metrics_IxO, shards, out_dtype):
+    if probe_B is None:
+        return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards, out_dtype)
+    _check_shards(x_BxLxI.shape[0], shards)
+    _check_probe(probe_B, metrics_IxO)
+    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metrics_IxO)
 
 
 def _product(x_BxLxI: Array, w_IxO: Array, shards: int, out_dtype: jnp.dtype | None = None) -> Array:
@@ -96,16 +101,17 @@ def _product(x_BxLxI: Array, w_IxO: Array, shards: int, out_dtype: jnp.dtype | N
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metric_IxO):
+def _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metrics_IxO):
     return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards, out_dtype)
 
 
-def _dense_fwd(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metric_IxO):
-    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metric_IxO), (x_BxLxI, w_IxO, metric_IxO)
+def _dense_fwd(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metrics_IxO):
+    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metrics_IxO), (x_BxLxI, w_IxO, metrics_IxO)
 
 
 def _dense_bwd(shards, out_dtype, residuals, dy_BxLxO):
-    x_BxLxI, w_IxO, metric_IxO = residuals
+    x_BxLxI, w_IxO, metrics_IxO = residuals
+    metric_IxO = None if metrics_IxO is None else jnp.concatenate(metrics_IxO, axis=1)
     dy_BxLxO = dy_BxLxO.astype(x_BxLxI.dtype)
     dx_BxLxI = _product(dy_BxLxO, w_IxO.T.astype(x_BxLxI.dtype), shards)
     dw_IxO, sq_norms_B = _sum_of_products(x_BxLxI, dy_BxLxO, shards, metric_IxO)
@@ -166,7 +172,7 @@ def _squares(product: Array, metric: Array | None) -> Array:
     return square if metric is None else jnp.stack([square, jnp.sum(product * (product * metric.astype(jnp.float32)))])
 
 
-def _check_probe(probe_B: Array, metric: Array | None) -> None:
+def _check_probe(probe_B: Array, metric: Any) -> None:
     wanted = probe_B.shape[:1] if metric is None else (*probe_B.shape[:1], 2)
     if probe_B.shape != wanted:
         raise ValueError(f"a probe of shape {probe_B.shape}: must be {wanted}, one column, or two columns with a metric")

@@ -174,7 +174,7 @@ def _draw_points(axes, points: np.ndarray, definition: str, fitted: PowerLaw | N
     tokens, value, low, high = points.T
     power = " (too few bounded points for a fit)"
     if fitted is not None:
-        power = f" ∝ tokens$^{{\\,{fitted.exponent:.2f} \\pm {fitted.exponent_se:.2f}}}$"
+        power = f" ∝ tokens$^{{\\,{fitted.exponent:z.2f} \\pm {fitted.exponent_se:.2f}}}$"
     below = np.where(np.isfinite(low), value - low, 0.0)
     above = np.where(np.isfinite(high), high - value, 0.0)
     axes.errorbar(tokens, value, [below, above], fmt=marker, color=colour, elinewidth=1.5, zorder=4, label=name + power, **MARKER)

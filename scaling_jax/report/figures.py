@@ -174,7 +174,7 @@ def _draw_bins(axes, binned: np.ndarray, law: PowerLaw | None, top: float) -> No
         axes.annotate("", (x, top), (x, y), arrowprops=arrow)
     ends = np.array([tokens.min() / 1.15, tokens.max() * 1.15])
     if law is not None:
-        label = f"fit: tokens$^{{\\,{law.exponent:.2f} \\pm {law.exponent_se:.2f}}}$ (± standard error)"
+        label = f"fit: tokens$^{{\\,{law.exponent:z.2f} \\pm {law.exponent_se:.2f}}}$ (± standard error)"
         axes.plot(ends, law(ends), color=VERMILLION, linewidth=1.5, zorder=3, label=label)
     if len(binned) > 1:
         middle = math.exp(np.mean(np.log(tokens))), math.exp(np.mean(np.log(value)))
