@@ -59,7 +59,7 @@ def _run(values: flags.FlagValues) -> int:
 
 BRANCH = Verb(
     "continue a run from a checkpoint with larger batches, and find the largest that loses nothing",
-    "scaling-jax branch --run=runs/demo --at_tokens=400384,800768 --factors=1,2,4,8 --span_tokens=100000",
+    "scaling-jax branch --run=runs/long --at_tokens=400384,800768 --factors=1,2,4,8 --span_tokens=100000",
     _define,
     _run,
     continues=True,
