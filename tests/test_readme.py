@@ -47,7 +47,7 @@ def test_the_two_commands_are_single_lines_that_do_their_own_set_up():
 def small(command):
     """The command with its training made short; benchmarks that take long with their smallest figures."""
     if "scaling-jax branch" in command:
-        return "scaling-jax branch --run=runs/long --at_tokens=2048,4096 --factors=1,2 --span_tokens=1024"
+        return "scaling-jax branch --run=runs/long --at_tokens=2048,4096 --factors=1,2 --span_tokens=2048"
     if "scaling-jax train" in command:
         command = command.replace("(400384,800768)", "(2048,4096)").replace("400000=2048,800000=4096", "2048=512,4096=1024")
         return command + "".join(f" --config.{name}={value}" for name, value in SMALL.items())

@@ -24,6 +24,7 @@ def test_five_kills_change_nothing(tmp_path):
         kills.compare(tmp_path / "whole", other)
 
 
+@pytest.mark.slow  # tests/test_train_batch.py stops such a run at twelve moments without starting processes
 def test_kills_change_nothing_of_a_run_whose_batch_follows_its_noise(tmp_path, monkeypatch):
     follow = {"batch.schedule": "follow", "batch.lr_rule": "sqrt", "batch.multiple": 0.3, "batch.look_tokens": 500, "batch.max_tokens": 256}
     for name, value in follow.items():
