@@ -38,7 +38,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Shape of the model. Units and meanings as in `scaling_jax.config.FIELDS`, section model."""
+    """Shape of the model. Units and meanings as in `scaling_jax.fields.FIELDS`, section model."""
 
     vocab_size: int
     width: int
@@ -49,9 +49,16 @@ class TransformerConfig:
     mlp_ratio: float = 4.0
     tied_embeddings: bool = False
     biases: bool = False
+    positions: str = "rotary"
     rope_theta: float = 10_000.0
+    kv_heads: int = 0
+    norm_gains: bool = False
+    qk_norm: bool = False
+    shared_depth: bool = False
+    dropout: float = 0.0
     compute_dtype: str = "float32"
     remat: str = "none"
+    loss_chunk_tokens: int = 0
 
     def __post_init__(self):
         if self.width % self.head_dim or self.head_dim % 2:
@@ -293,10 +300,14 @@ def parameter_kind(path: tuple[str, ...]) -> str:
     return name if name in KINDS else "attention"
 
 
-def sequence_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
-    """Cross-entropy in nats per token, averaged over each sequence: [B]. Float32."""
+def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
+    """Cross-entropy of every token in nats: [B, L], float32."""
     log_norm_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
     # A masked sum, not a gather: the vocabulary may lie across devices.
     is_target_BxLxV = targets_BxL[..., None] == jnp.arange(logits_BxLxV.shape[-1])[None, None]
-    target_BxL = jnp.sum(jnp.where(is_target_BxLxV, logits_BxLxV, 0.0), axis=-1)
-    return jnp.mean(log_norm_BxL - target_BxL, axis=-1)
+    return log_norm_BxL - jnp.sum(jnp.where(is_target_BxLxV, logits_BxLxV, 0.0), axis=-1)
+
+
+def sequence_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
+    """Cross-entropy in nats per token, averaged over each sequence: [B]. Float32."""
+    return jnp.mean(token_losses(logits_BxLxV, targets_BxL), axis=-1)

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "scaling_jax"
 FLOORS = {
-    "errors": -1, "console": -1, "batch_schedule": -0.5, "config": 0, "noise_scale": 0,
+    "errors": -1, "console": -1, "fields": -1, "batch_schedule": -0.5, "config": 0, "noise_scale": 0,
     "laws": 1, "parametrization": 1, "mesh": 1,
     "model": 2, "optimizer": 2, "data": 2, "parameters": 1.5,
     "train": 3,

@@ -48,5 +48,5 @@ class Evaluator:
             tokens_BxL = np.pad(tokens_BxL, ((0, self.batch - count), (0, 0)), mode="edge")  # one shape, one program
             if self.trainer.eval_sharding is not None:
                 tokens_BxL = jax.device_put(tokens_BxL, self.trainer.eval_sharding)
-            losses.append(np.asarray(self.trainer.eval(params, tokens_BxL), np.float64)[:count])
+            losses.append(np.asarray(self.trainer.eval(params, tokens_BxL), np.float64)[:count].mean(1))
         return np.concatenate(losses)

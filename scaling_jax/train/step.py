@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from scaling_jax import optimizer
 from scaling_jax.errors import UserError
 from scaling_jax.mesh import sharding, spec
-from scaling_jax.model import Probe, Transformer, TransformerConfig, sequence_losses
+from scaling_jax.model import Probe, Transformer, TransformerConfig, token_losses
 from scaling_jax.noise_scale import NoiseScale, NoiseScaleState
 from scaling_jax.parametrization import Parametrization
 from scaling_jax.train.batch_size import microbatches
@@ -83,7 +83,7 @@ class Trainer:
         self._jit_init = jax.jit(self._init, **shardings)
         shardings = {} if mesh is None else {"out_shardings": (self.state_sharding, None)}
         self._jit_step = jax.jit(self.pure_step, static_argnums=2, donate_argnums=0, **shardings)
-        self._jit_eval = jax.jit(lambda params, tokens_BxL: _sequence_losses(self.graph, params, tokens_BxL))
+        self._jit_eval = jax.jit(lambda params, tokens_BxL: _token_losses(self.graph, params, tokens_BxL))
 
     def _model(self, key: Array | int = 0) -> nnx.Module:
         return self.model(transformer_config(self.config), parametrization(self.config), rngs=nnx.Rngs(key))
@@ -115,7 +115,7 @@ class Trainer:
         return self.meter.read_tokens(state.noise) if self.meter else {}
 
     def eval(self, params: nnx.State, tokens_BxL: Array) -> Array:
-        """Losses [B] of sequences of context + 1 tokens, nats per token."""
+        """Loss of every token [B, context] of sequences of context + 1 tokens, in nats."""
         return self._in_mesh(self._jit_eval, params, tokens_BxL)
 
     def lower_step(self, sequences: int, measure: bool = True) -> jax.stages.Lowered:
@@ -163,7 +163,7 @@ def _loss_and_gradient(
     sequences = microbatches * micro
 
     def loss_fn(params, probe, tokens_BxL):
-        return jnp.sum(_sequence_losses(trainer.graph, params, tokens_BxL, probe, metric)) / sequences
+        return jnp.sum(jnp.mean(_token_losses(trainer.graph, params, tokens_BxL, probe, metric), axis=1)) / sequences
 
     def microbatch(tokens_BxL):
         if not measure:
@@ -185,14 +185,14 @@ def _loss_and_gradient(
     return loss, grads, sq_norms_AxBxGxM.reshape(sequences, *sq_norms_AxBxGxM.shape[2:]) if measure else None
 
 
-def _sequence_losses(
+def _token_losses(
     graph: Any, params: nnx.State, tokens_BxL: Array, probe: Probe | None = None, metric: nnx.State | None = None
 ) -> Array:
     model, inputs = nnx.merge(graph, params), tokens_BxL[:, :-1]
     if probe is None:
-        return sequence_losses(model(inputs), tokens_BxL[:, 1:])
+        return token_losses(model(inputs), tokens_BxL[:, 1:])
     weights = {} if metric is None else {"metric": nnx.merge(graph, metric)}
-    return sequence_losses(model(inputs, probe, **weights), tokens_BxL[:, 1:])
+    return token_losses(model(inputs, probe, **weights), tokens_BxL[:, 1:])
 
 
 def _with_sharding(state: TrainState, shardings: TrainState | None) -> TrainState:
