@@ -194,8 +194,14 @@ def _relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
     faults = []
     if model.width % model.head_dim:
         faults.append(f"config.model.width is {model.width}: must be a multiple of config.model.head_dim, {model.head_dim}")
-    if model.head_dim % 2:
+    elif model.kv_heads and heads(config) % model.kv_heads:
+        faults.append(
+            f"config.model.kv_heads is {model.kv_heads}: must divide the {heads(config)} heads, width / head_dim; 0 is one for each"
+        )
+    if model.positions == "rotary" and model.head_dim % 2:
         faults.append(f"config.model.head_dim is {model.head_dim}: must be even, for rotary positions")
+    if config.parametrization.name == "completep" and model.shared_depth:
+        faults.append("config.model.shared_depth is True: completep is a rule for blocks of their own; must be standard or mup")
     if config.parametrization.name == "completep" and not config.parametrization.base_depth:
         faults.append("config.parametrization.base_depth is 0: completep needs the depth at which every multiplier is 1, at least 1")
     if mesh.fsdp == 0:
@@ -251,6 +257,7 @@ def _mesh_faults(config: ConfigDict, device_count: int | None) -> list[str]:
         )
     for size, axis, what in (
         (heads(config), "tensor", f"heads ({heads(config)}, width / head_dim)"),
+        (model.kv_heads or heads(config), "tensor", f"config.model.kv_heads ({model.kv_heads})"),
         (mlp_width(model.width, model.mlp_ratio), "tensor", f"MLP width ({mlp_width(model.width, model.mlp_ratio)})"),
         (model.vocab_size, "tensor", f"config.model.vocab_size ({model.vocab_size})"),
         (model.width, "fsdp", f"config.model.width ({model.width})"),

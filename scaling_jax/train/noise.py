@@ -30,7 +30,7 @@ class NoiseMeter:
     Everything is a dict by metric: `noise` is tr Σ/|G|², `preconditioned` tr(PΣ)/(GᵀPG).
 
     Args:
-      config: its section noise_scale, train.tokens, model.context.
+      config: its section noise_scale, train.tokens, model.context, model.tied_embeddings.
       probe: as `new_probe` of the model makes it, of any batch and without a metric.
       params: of the model, abstract.
 
@@ -47,7 +47,8 @@ class NoiseMeter:
         self.kinds = tuple(kind for kind in KINDS if kind in probe)
         self.blocks = {kind: probe[kind].shape[0] if probe[kind].ndim == 2 else 0 for kind in self.kinds}  # 0: of the whole model
         self.groups = [(kind, block) for kind in self.kinds for block in (range(self.blocks[kind]) or [None])]
-        _check_fit(self.blocks, params)
+        self.tied = config.model.tied_embeddings
+        _check_fit(self.blocks, params, self.tied)
         self.depth = max(self.blocks.values())
         self._read = jax.jit(self.read)
 
@@ -64,7 +65,7 @@ class NoiseMeter:
         sums = {kind: jnp.zeros(blocks or 1, jnp.float32) for kind, blocks in self.blocks.items()}
         weights = dict(nnx.to_flat_state(metric)) if metric is not None else {}
         for path, grad in nnx.to_flat_state(grads):
-            kind = parameter_kind(path)
+            kind = parameter_kind(path, self.tied)
             grad_NxI = grad[...].reshape(self.blocks[kind] or 1, -1)
             other_NxI = grad_NxI if metric is None else weights[path][...].astype(jnp.float32).reshape(grad_NxI.shape) * grad_NxI
             # Products, not squares: those are in the norm that clips already, and XLA's CPU backend would write them down for both.
@@ -105,9 +106,9 @@ class NoiseMeter:
         return found
 
 
-def _check_fit(blocks: dict[str, int], params: nnx.State) -> None:
+def _check_fit(blocks: dict[str, int], params: nnx.State, tied: bool) -> None:
     for path, param in nnx.to_flat_state(params):
-        kind, name = parameter_kind(path), ".".join(map(str, path))
+        kind, name = parameter_kind(path, tied), ".".join(map(str, path))
         if kind not in blocks:
             raise UserError(f"the model's new_probe has no entry {kind!r}, where parameter {name} belongs; it has {', '.join(blocks)}")
         if blocks[kind] and (param.ndim < 2 or param.shape[0] != blocks[kind]):

@@ -61,7 +61,8 @@ class Trainer:
       config: a valid config.
       mesh: a mesh with the axes of `scaling_jax.mesh.AXES`, or None for the default device.
       model: makes the module, `model(TransformerConfig, Parametrization, rngs=)`. One of your own maps tokens [B, L] to logits
-        [B, L, V]; if noise is to be measured it has `new_probe` and takes a probe, and `metric=`, as the Transformer does.
+        [B, L, V], or has `losses`; if noise is to be measured it has `new_probe` and takes `probe=`, and `metric=`, as the Transformer
+        does; `dropout_keys_B=` if config.model.dropout is set.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh | None = None, model: Callable[..., nnx.Module] = Transformer):
@@ -135,7 +136,7 @@ def _train_step(trainer: Trainer, state: TrainState, tokens_AxBxL: Array, measur
         raise UserError("this model has no new_probe, so its gradient noise cannot be measured: set config.noise_scale.every=0")
     # P of this step comes from the moments before it: with its own the estimates would be biased.
     metric = optimizer.preconditioner(config, state.opt_state) if measure and config.noise_scale.preconditioned else None
-    loss, grads, sq_norms_BxGxM = _loss_and_gradient(trainer, state.params, metric, tokens_AxBxL, measure)
+    loss, grads, sq_norms_BxGxM = _loss_and_gradient(trainer, state.params, metric, tokens_AxBxL, measure, state.sequences)
 
     noise, reading, measured = state.noise, None, None
     if measure:
@@ -156,43 +157,63 @@ def _train_step(trainer: Trainer, state: TrainState, tokens_AxBxL: Array, measur
 
 
 def _loss_and_gradient(
-    trainer: Trainer, params: nnx.State, metric: nnx.State | None, tokens_AxBxL: Array, measure: bool
+    trainer: Trainer,
+    params: nnx.State,
+    metric: nnx.State | None,
+    tokens_AxBxL: Array,
+    measure: bool,
+    first_sequence: Array | int = 0,
 ) -> tuple[Array, nnx.State, Array | None]:
     """Mean loss, its gradient, and ‖g_b‖² per group and metric [sequences, G, M], summed over microbatches."""
     microbatches, micro, _ = tokens_AxBxL.shape
     sequences = microbatches * micro
+    keys_AxB = _dropout_keys(trainer.config, first_sequence, sequences)
+    keys_AxB = None if keys_AxB is None else keys_AxB.reshape(microbatches, micro)
 
-    def loss_fn(params, probe, tokens_BxL):
-        return jnp.sum(jnp.mean(_token_losses(trainer.graph, params, tokens_BxL, probe, metric), axis=1)) / sequences
+    def loss_fn(params, probe, tokens_BxL, keys_B):
+        return jnp.sum(jnp.mean(_token_losses(trainer.graph, params, tokens_BxL, probe, metric, keys_B), axis=1)) / sequences
 
-    def microbatch(tokens_BxL):
+    def microbatch(tokens_BxL, keys_B):
         if not measure:
-            return *jax.value_and_grad(loss_fn)(params, None, tokens_BxL), None
+            return *jax.value_and_grad(loss_fn)(params, None, tokens_BxL, keys_B), None
         probe = nnx.merge(trainer.graph, params).new_probe(micro, **({} if metric is None else {"metric": True}))
-        loss, (grads, cotangent) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, probe, tokens_BxL)
+        loss, (grads, cotangent) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, probe, tokens_BxL, keys_B)
         sq_norms_BxG = trainer.meter.of_sequences(cotangent) * float(sequences) ** 2  # of a mean: contributions carry 1 / sequences
         return loss, grads, sq_norms_BxG.reshape(*sq_norms_BxG.shape[:2], -1)
 
     if microbatches == 1:
-        return microbatch(tokens_AxBxL[0])
+        return microbatch(tokens_AxBxL[0], None if keys_AxB is None else keys_AxB[0])
 
-    def add(total, tokens_BxL):
-        loss, grads, sq_norms_BxGxM = microbatch(tokens_BxL)
+    def add(total, tokens_and_keys):
+        loss, grads, sq_norms_BxGxM = microbatch(*tokens_and_keys)
         return jax.tree.map(jnp.add, total, (loss, grads)), sq_norms_BxGxM
 
     zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    (loss, grads), sq_norms_AxBxGxM = jax.lax.scan(add, zeros, tokens_AxBxL)
+    (loss, grads), sq_norms_AxBxGxM = jax.lax.scan(add, zeros, (tokens_AxBxL, keys_AxB))
     return loss, grads, sq_norms_AxBxGxM.reshape(sequences, *sq_norms_AxBxGxM.shape[2:]) if measure else None
 
 
+def _dropout_keys(config: ConfigDict, first_sequence: Array | int, count: int) -> Array | None:
+    """A key for each sequence of the run, by its number: the same whatever the batch, the microbatches and the mesh."""
+    if not config.model.dropout:
+        return None
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(first_sequence + jnp.arange(count))
+
+
 def _token_losses(
-    graph: Any, params: nnx.State, tokens_BxL: Array, probe: Probe | None = None, metric: nnx.State | None = None
+    graph: Any,
+    params: nnx.State,
+    tokens_BxL: Array,
+    probe: Probe | None = None,
+    metric: nnx.State | None = None,
+    dropout_keys_B: Array | None = None,
 ) -> Array:
-    model, inputs = nnx.merge(graph, params), tokens_BxL[:, :-1]
-    if probe is None:
-        return token_losses(model(inputs), tokens_BxL[:, 1:])
-    weights = {} if metric is None else {"metric": nnx.merge(graph, metric)}
-    return token_losses(model(inputs, probe, **weights), tokens_BxL[:, 1:])
+    model, inputs, targets = nnx.merge(graph, params), tokens_BxL[:, :-1], tokens_BxL[:, 1:]
+    # A model of one's own need know only what its run asks for.
+    given = {"probe": probe, "metric": None if metric is None else nnx.merge(graph, metric), "dropout_keys_B": dropout_keys_B}
+    given = {name: value for name, value in given.items() if value is not None}
+    return model.losses(inputs, targets, **given) if hasattr(model, "losses") else token_losses(model(inputs, **given), targets)
 
 
 def _with_sharding(state: TrainState, shardings: TrainState | None) -> TrainState:

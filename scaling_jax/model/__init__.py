@@ -1,0 +1,24 @@
+"""The decoder-only transformer, a Flax NNX module that stands alone."""
+
+from scaling_jax.model.block import Block
+from scaling_jax.model.cache import Cache
+from scaling_jax.model.layers import causal_attention, rms_norm, rotary
+from scaling_jax.model.shape import TransformerConfig
+from scaling_jax.model.transformer import Transformer, sequence_losses
+from scaling_jax.model.weights import KINDS, Probe, parameter_kind
+from scaling_jax.noise_scale import token_losses
+
+__all__ = [
+    "KINDS",
+    "Block",
+    "Cache",
+    "Probe",
+    "Transformer",
+    "TransformerConfig",
+    "causal_attention",
+    "parameter_kind",
+    "rms_norm",
+    "rotary",
+    "sequence_losses",
+    "token_losses",
+]

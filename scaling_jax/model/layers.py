@@ -1,0 +1,86 @@
+"""What has no parameters: norms, positions, attention, dropout."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "swiglu": jax.nn.silu,
+}
+
+
+def rms_norm(x_BxLxD: Array) -> Array:
+    """x over its root mean square along the last axis, computed in float32. Epsilon 1e-6."""
+    x32_BxLxD = x_BxLxD.astype(jnp.float32)
+    mean_sq_BxLx1 = jnp.mean(jnp.square(x32_BxLxD), axis=-1, keepdims=True)
+    return (x32_BxLxD * jax.lax.rsqrt(mean_sq_BxLx1 + 1e-6)).astype(x_BxLxD.dtype)
+
+
+def rotary(x_BxHxLxK: Array, theta: float, start: Array | int = 0) -> Array:
+    """Rotates the two halves of each head by angles that grow with the position, from `start` on (Su et al. 2021), in float32."""
+    half = x_BxHxLxK.shape[-1] // 2
+    wavelength_K = theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    position_L = (jnp.arange(x_BxHxLxK.shape[2]) + start).astype(jnp.float32)
+    angle_LxK = position_L[:, None] / wavelength_K[None, :]
+    cos_LxK, sin_LxK = jnp.cos(angle_LxK)[None, None], jnp.sin(angle_LxK)[None, None]
+    a, b = jnp.split(x_BxHxLxK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos_LxK - b * sin_LxK, b * cos_LxK + a * sin_LxK], axis=-1).astype(x_BxHxLxK.dtype)
+
+
+class Dropout(NamedTuple):
+    """Sets a share `rate` of what passes to 0, and divides the rest by 1 - rate (Srivastava et al. 2014); passes all without keys.
+
+    A mask is a function of its sequence's own key, the block and the site: it does not depend on the mesh, on microbatches, or on which
+    other sequences are in the batch.
+    """
+
+    rate: float = 0.0
+    keys_B: Array | None = None
+
+    def fold(self, data: Array | int) -> "Dropout":
+        """With keys of their own for one block."""
+        return self if self.keys_B is None else Dropout(self.rate, jax.vmap(jax.random.fold_in, (0, None))(self.keys_B, data))
+
+    def __call__(self, x_B: Array, site: int) -> Array:
+        """x [B, …]; each site of a block has another mask."""
+        if self.keys_B is None or not self.rate:
+            return x_B
+        keep_B = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x_B.shape[1:]))(self.fold(site).keys_B)
+        return jnp.where(keep_B, x_B / (1 - self.rate), jnp.zeros_like(x_B))
+
+
+NO_DROPOUT = Dropout()
+
+
+def causal_attention(
+    q_BxHxLxK: Array,
+    k_BxGxMxK: Array,
+    v_BxGxMxK: Array,
+    scale: float,
+    start: Array | int = 0,
+    drop: Callable[[Array], Array] = lambda weights_BxHxLxM: weights_BxHxLxM,
+) -> Array:
+    """softmax(scale·q·k, causal)·v; logits and softmax in float32.
+
+    Args:
+      q_BxHxLxK: queries of the positions start, start + 1, …
+      k_BxGxMxK, v_BxGxMxK: keys and values of the positions 0, 1, …; each of the G heads serves H / G neighbouring heads of q.
+      scale: of the logits.
+      start: position of the first query.
+      drop: dropout of the weights.
+    """
+    queries, (groups, keys) = q_BxHxLxK.shape[2], k_BxGxMxK.shape[1:3]
+    k_BxHxMxK, v_BxHxMxK = (
+        x if groups == q_BxHxLxK.shape[1] else jnp.repeat(x, q_BxHxLxK.shape[1] // groups, 1) for x in (k_BxGxMxK, v_BxGxMxK)
+    )
+    logits_BxHxLxM = jnp.einsum("bhlk,bhmk->bhlm", q_BxHxLxK, k_BxHxMxK, preferred_element_type=jnp.float32) * scale
+    seen_LxM = jnp.arange(keys)[None, :] <= (jnp.arange(queries) + start)[:, None]
+    logits_BxHxLxM = jnp.where(seen_LxM[None, None], logits_BxHxLxM, -1e30)
+    weights_BxHxLxM = drop(jax.nn.softmax(logits_BxHxLxM, axis=-1).astype(v_BxGxMxK.dtype))
+    return jnp.einsum("bhlm,bhmk->bhlk", weights_BxHxLxM, v_BxHxMxK)
