@@ -101,7 +101,7 @@ def _losses_bwd(piece, shards, probed, residuals, dlosses_BxL):
         def add(sums, xs):
             (product_SxDxV, u_SxLxD), (h_SxPxD, targets_SxP, dlosses_SxP) = sums, xs
             logits_SxPxV = _logits(h_SxPxD, w_DxV)
-            dlogits_SxPxV = jax.nn.softmax(logits_SxPxV) - _is_target(logits_SxPxV, targets_SxP)
+            dlogits_SxPxV = jax.nn.softmax(logits_SxPxV) - _is_target(logits_SxPxV, targets_SxP).astype(jnp.float32)
             dlogits_SxPxV = (dlogits_SxPxV * dlosses_SxP[..., None]).astype(h_SxPxD.dtype)
             dh_SxPxD = jnp.einsum("spv,dv->spd", dlogits_SxPxV, w_DxV.astype(h_SxPxD.dtype))
             product_SxDxV += jnp.einsum("spd,spv->sdv", h_SxPxD, dlogits_SxPxV, preferred_element_type=jnp.float32)
