@@ -28,6 +28,25 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+def cpu_sized(config: ConfigDict) -> ConfigDict:
+    """The recipe of a large run at a size for two CPU cores: 100 steps of 32 sequences of 64 bytes of the built-in corpus.
+
+    Whatever is counted in tokens keeps its share of the budget. Width, depth, heads and lr are left to the caller; `config` is changed.
+    """
+    tokens = config.train.tokens
+    config.model.context, config.model.vocab_size = 64, 256
+    config.train.batch_tokens = 32 * 64
+    config.train.tokens = 100 * config.train.batch_tokens
+    for name, value in flatten(config).items():
+        if isinstance(value, int) and name.endswith("_tokens") and name not in ("train.batch_tokens", "model.loss_chunk_tokens"):
+            section, key = name.split(".")
+            config[section][key] = value * config.train.tokens // tokens
+    config.checkpoint.keep_at_tokens = tuple(max(1, at * config.train.tokens // tokens) for at in config.checkpoint.keep_at_tokens)
+    config.data.path, config.data.tokenizer = "sotu", "bytes"
+    config.eval.tokens = 4096
+    return config
+
+
 def load(spec: str) -> ConfigDict:
     """What get_config() of a Python file returns; 'FILE:text' calls get_config('text').
 
