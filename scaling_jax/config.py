@@ -276,7 +276,7 @@ def _mesh_faults(config: ConfigDict, device_count: int | None) -> list[str]:
         )
     for size, axis, what in (
         (heads(config), "tensor", f"heads ({heads(config)}, width / head_dim)"),
-        (model.kv_heads or heads(config), "tensor", f"config.model.kv_heads ({model.kv_heads})"),
+        (model.kv_heads, "tensor", f"config.model.kv_heads ({model.kv_heads})"),
         (mlp_width(model.width, model.mlp_ratio), "tensor", f"MLP width ({mlp_width(model.width, model.mlp_ratio)})"),
         (model.vocab_size, "tensor", f"config.model.vocab_size ({model.vocab_size})"),
         (model.width, "fsdp", f"config.model.width ({model.width})"),

@@ -51,16 +51,16 @@ class Coordinate(NamedTuple):
 def check_config(config: ConfigDict, axis: str, size: int, lr: float | None = None, heads: int = 0) -> ConfigDict:
     """The config at one size, under the conditions of the check.
 
-    A constant lr, a readout that starts at zero (so that all logits are learned), float32, no weight decay in the trajectory (it is
-    measured apart), one device. With `heads` that many heads whatever the width, so that head_dim grows, and queries that start at
-    zero (random ones give attention logits that shrink as 1/sqrt(head_dim)); by default head_dim is the config's.
+    A constant lr, a readout that starts at zero (so that all logits are learned), float32, no dropout, no weight decay in the trajectory
+    (it is measured apart), one device. With `heads` that many heads whatever the width, so that head_dim grows, and queries that start
+    at zero (random ones give attention logits that shrink as 1/sqrt(head_dim)); by default head_dim is the config's.
     """
     config = config.copy_and_resolve_references()
     config.model[axis] = size
     if heads:
         config.model.head_dim = config.model.width // heads
         config.parametrization.query_init = "zero"
-    config.model.compute_dtype = "float32"
+    config.model.compute_dtype, config.model.dropout = "float32", 0.0
     config.parametrization.output_init = "zero"
     config.optimizer.lr, config.optimizer.weight_decay = lr or config.optimizer.lr, 0.0
     config.schedule.name, config.schedule.warmup_tokens = "constant", 0

@@ -162,6 +162,8 @@ class Transformer(nnx.Module):
         # The table is sharded along its width. Said in two steps, the partitioner exchanges pieces and does not copy the whole.
         x_BxLxD = constrain(constrain(x_BxLxD, "replica", "length", "embed"), "batch", "length", "residual")
         if self.config.positions == "learned":
+            if tokens_BxL.shape[1] > self.config.context:
+                raise ValueError(f"{tokens_BxL.shape[1]} tokens: there are learned positions for {self.config.context}, the context")
             at_LxD, metric_LxD = (
                 None if table is None else jax.lax.dynamic_slice_in_dim(table, start, tokens_BxL.shape[1])
                 for table in (value_of(self, "position_embedding"), value_of(metric, "position_embedding"))
