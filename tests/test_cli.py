@@ -203,7 +203,7 @@ def test_help_names_every_flag(help_flag: str, capsys: pytest.CaptureFixture[str
         assert main([name, help_flag]) == 0
         text, err = capsys.readouterr()
         flags = {
-            "train": ["config", "workdir", "overwrite"],
+            "train": ["config", "workdir", "overwrite", "profile_at_tokens"],
             "tokenize": ["input", "out", "tokenizer", "holdout_every", "split_documents"],
             "parametrization": ["config"],
         }

@@ -3,8 +3,9 @@ import threading
 import numpy as np
 import pytest
 
-from scaling_jax.data.shards import ShardWriter, TokenStream
-from scaling_jax.data.source import Prefetcher, TokenSource, read_blocks, spread_blocks
+from scaling_jax.data.shard_writer import ShardWriter
+from scaling_jax.data.shards import TokenStream
+from scaling_jax.data.source import Prefetcher, TokenSource, document_ids, documents_between, read_blocks, spread_blocks
 from scaling_jax.data.tokenizers import ByteTokenizer
 from scaling_jax.errors import UserError
 
@@ -200,3 +201,42 @@ def test_closing_ends_the_thread():
     assert worker is not threading.current_thread()
     ahead.close()
     assert not worker.is_alive()
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """Short ones, empty ones, and one that is longer than many blocks."""
+    directory = tmp_path_factory.mktemp("documents") / "tokens"
+    rng = np.random.default_rng(4)
+    with ShardWriter(directory, ByteTokenizer(), shard_tokens=101) as writer:
+        for length in [3, 0, 0, 9, 200, *rng.integers(0, 30, 40), 90, 8, 7, 1]:
+            writer.add(rng.integers(0, 255, length), int(length))
+    return TokenStream(directory)
+
+
+@pytest.mark.parametrize("scan", [3, 1 << 14])
+@pytest.mark.parametrize("wanted", [0, 1, 7, 30, 60, 80])
+def test_every_target_is_told_its_document(documents, monkeypatch, scan, wanted):
+    """That of the first token after the last end token before it, whatever lies between two blocks; in pieces of 4 blocks as well."""
+    monkeypatch.setattr("scaling_jax.data.source._SCAN", scan)
+    everything, blocks = documents.read(0, len(documents)), spread_blocks(documents, CONTEXT, wanted * CONTEXT)
+    number = np.concatenate([[0], np.cumsum(everything == 255)])[:-1]  # of each token: end tokens strictly before it
+    expected = np.unique(number[blocks[:, None] * CONTEXT + 1 + np.arange(CONTEXT)], return_inverse=True)[1]
+    between = documents_between(documents, CONTEXT, blocks)
+    found, first = [], 0
+    for start in range(0, len(blocks), 4):
+        part = slice(start, start + 4)
+        ids, first = document_ids(read_blocks(documents, CONTEXT, blocks[part]), between[part], 255, first)
+        found.append(ids)
+    found = np.concatenate(found)
+    assert (np.diff(found.reshape(-1)) >= 0).all()
+    np.testing.assert_array_equal(np.unique(found, return_inverse=True)[1].reshape(-1), expected.reshape(-1))
+    if not wanted:
+        assert len(set(found.reshape(-1))) == len(set(number[1 : len(blocks) * CONTEXT + 1]))
+
+
+def test_a_gap_is_read_no_further_than_its_first_end_token(documents, monkeypatch):
+    read = []
+    monkeypatch.setattr(documents, "read", lambda start, count: read.append(count) or np.full(count, 255))
+    assert documents_between(documents, 2, np.array([0, 1, 60_000])).tolist() == [False, False, True]
+    assert read == [1 << 14]

@@ -19,7 +19,7 @@ def with_records(workdir, records):
 def test_the_table_names_both_noise_scales_their_growth_laws_and_figures(tmp_path):
     measured = {"noise_scale_tokens": 9000.0, "noise_scale_tokens_low": 7000.0, "noise_scale_tokens_high": None}
     measured |= {f"preconditioned_{key}": value and value / 10 for key, value in measured.items()}
-    table = report_run(with_records(tmp_path, run_records()), SUMMARY | measured).splitlines()
+    table = report_run(with_records(tmp_path, run_records()), SUMMARY | measured).table.splitlines()
     rows = [line[:24].strip() for line in table]
     after = rows.index("training loss") + 1
     assert rows[after : after + 4] == ["noise scale", "its growth", "preconditioned noise", "its growth"]
@@ -37,14 +37,14 @@ def test_the_table_names_both_noise_scales_their_growth_laws_and_figures(tmp_pat
 
 def test_a_run_without_noise_has_no_such_rows(tmp_path):
     records = [{"step": 1, "tokens": 1024, "loss": 2.0, "batch_tokens": 1024, "batch_sequences": 16}]
-    table = report_run(with_records(tmp_path, records), dict(SUMMARY)).splitlines()
+    table = report_run(with_records(tmp_path, records), dict(SUMMARY)).table.splitlines()
     assert [line[:24].strip() for line in table] == ["status", "tokens", "parameters", "training loss", "time", "figure"]
     assert draw_critical_batch(tmp_path) is None and not (tmp_path / "laws").exists()
 
 
 def test_a_noise_scale_that_is_not_known_is_no_number(tmp_path):
     unknown = {"noise_scale_tokens": None, "noise_scale_tokens_low": 7000.0, "noise_scale_tokens_high": None}
-    table = report_run(tmp_path, SUMMARY | unknown)
+    table = report_run(tmp_path, SUMMARY | unknown).table
     assert "not known, 95% interval 7k to ∞" in table and "∞ tokens" not in table
 
 

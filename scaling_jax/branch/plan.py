@@ -4,7 +4,6 @@ A branch continues a run from one of its checkpoints with k times the batch (Mer
 checkpoint see the same tokens in the same order and end at the same token count.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from scaling_jax import config as config_lib
 from scaling_jax.batch_schedule import batch_at, lr_end_tokens, stages
 from scaling_jax.branch.results import branch_dir
 from scaling_jax.errors import UserError
-from scaling_jax.train import checkpoint
 from scaling_jax.train.batch_size import microbatches, replay
 from scaling_jax.train.metrics import read_records
-from scaling_jax.train.workdir import BRANCHES, CONFIG_FILE
+from scaling_jax.train.opened import read_config, saved_tokens
+from scaling_jax.train.workdir import BRANCHES
 
 LEAST_STEPS = 4  # of a branch: with fewer, the first steps after the change are all there is to see
 SPAN_PARTS = 8  # of the tokens seen so far, of which a span is one where none is asked for
@@ -67,20 +65,8 @@ class Branch(NamedTuple):
 
 def read_source(run: str | Path) -> Source:
     """The run in a work directory; UserError if there is none. Opens no checkpoint: the run may still be training."""
-    workdir = Path(run)
-    path = workdir / CONFIG_FILE
-    try:
-        stored = json.loads(path.read_text())
-        config, identity = config_lib.from_json(stored["config"]), dict(stored["identity"])
-    except OSError as error:
-        raise UserError(f"--run={run}: must be the work directory of a run; {path} cannot be read: {error.strerror}") from error
-    except UserError as error:
-        raise UserError(f"--run={run}: {path} was written by another version of scaling_jax: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--run={run}: {path} is not a config that scaling_jax wrote") from error
-    # Those that are not complete have other names.
-    names = [entry.name for entry in (workdir / checkpoint.DIRECTORY).glob("*")]
-    return Source(workdir, config, identity, sorted(int(name) for name in names if name.isdigit()))
+    config, identity = read_config(Path(run))
+    return Source(Path(run), config, identity, saved_tokens(Path(run)))
 
 
 def plan(source: Source, asked: Asked) -> list[Branch]:
@@ -185,5 +171,6 @@ def _config(source: Source, lr_rule: str, at_tokens: int, batch_tokens: int, fac
     train.stop_at_tokens = end_tokens
     config.eval.every_tokens, config.checkpoint.keep_latest, config.checkpoint.keep_at_tokens = 0, 1, ()
     config.data.verify = False  # once is enough
+    config.logging.wandb = ""  # each would be a run there
     config.data.repeat = True  # of its budget no more is read than up to end_tokens, which the data have
     return config

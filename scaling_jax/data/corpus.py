@@ -9,15 +9,17 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_jax.batch_schedule import end_tokens
 from scaling_jax.data.shards import VERSION, TokenIndex, TokenStream, is_token_directory
 from scaling_jax.data.source import TokenSource, spread_blocks
 from scaling_jax.data.tokenize import tokenize_files
-from scaling_jax.data.tokenizers import Tokenizer, load_tokenizer
+from scaling_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from scaling_jax.errors import UserError
 
 BUILT_IN = "sotu"
@@ -34,11 +36,6 @@ class RunData:
     vocab_size: int  # of the tokenizer; the model's may be larger
     fingerprint: str  # of the training data's content
 
-    def tokens_per_byte(self, domain: str) -> float:
-        """Tokens, end tokens included, per UTF-8 byte of text: bits per byte are loss / ln 2 times this."""
-        index = self.domains[domain].index
-        return index.tokens / index.text_bytes
-
 
 def open_run_data(config: ConfigDict, verify: bool = False) -> RunData:
     """Opens, and at first use makes, the data that `config` names.
@@ -54,20 +51,11 @@ def open_run_data(config: ConfigDict, verify: bool = False) -> RunData:
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     folder = prepare(config.data.path, tokenizer, config.data.cache)
-    if is_token_directory(folder):
-        train, domains = TokenStream(folder, verify), {}
-    else:
-        train, domains = TokenStream(folder / "train", verify), {}
-        if (folder / "heldout").exists():
-            domains["heldout"] = TokenStream(folder / "heldout", verify)
-    for entry in config.data.eval_domains:
-        name, _, directory = entry.partition("=")
-        if name in domains:
-            raise UserError(f"config.data.eval_domains has {entry!r}: there is already a domain {name!r}, {domains[name].directory}")
-        domains[name] = TokenStream(directory, verify)
-    _check_tokenizer(train, tokenizer.name, tokenizer.fingerprint, "config.data.tokenizer")
+    train = TokenStream(train_directory(folder), verify)
+    domains = open_domains(folder, config.data.eval_domains, verify)
+    check_tokenizer(train, tokenizer.name, tokenizer.fingerprint, "config.data.tokenizer")
     for domain in domains.values():
-        _check_tokenizer(domain, train.index.tokenizer.name, train.index.tokenizer.fingerprint, f"the training data, {train.directory}")
+        check_tokenizer(domain, train.index.tokenizer.name, train.index.tokenizer.fingerprint, f"the training data, {train.directory}")
         spread_blocks(domain, config.model.context, config.eval.tokens)  # for its errors, before the run instead of amid it
     check_vocabulary(train.index, config.model.vocab_size)
     source = TokenSource(
@@ -81,6 +69,38 @@ def open_run_data(config: ConfigDict, verify: bool = False) -> RunData:
     return RunData(source, domains, train.index.vocab_size, train.index.fingerprint)
 
 
+def train_directory(folder: Path) -> Path:
+    """Of the training data in a run's folder: itself, or its train/."""
+    return folder if is_token_directory(folder) else folder / "train"
+
+
+def open_domains(folder: Path, eval_domains: Sequence[str], verify: bool = False) -> dict[str, TokenStream]:
+    """The domains of a run: heldout/ of its folder, where there is one, and config.data.eval_domains, each 'name=directory'."""
+    domains = {}
+    if not is_token_directory(folder) and (folder / "heldout").exists():
+        domains["heldout"] = TokenStream(folder / "heldout", verify)
+    for entry in eval_domains:
+        name, _, directory = entry.partition("=")
+        if name in domains:
+            raise UserError(f"config.data.eval_domains has {entry!r}: there is already a domain {name!r}, {domains[name].directory}")
+        domains[name] = TokenStream(directory, verify)
+    return domains
+
+
+def token_bytes(stream: TokenStream) -> np.ndarray | None:
+    """UTF-8 bytes of text that each token stands for, float64 [vocab_size]; None where the tokenizer loses some of the text.
+
+    Bytes are counted exactly: one each, and none for the end token. Of another tokenizer a stream's index tells the mean only, text
+    over tokens, end tokens included, which every token then stands for.
+    """
+    index = stream.index
+    if not index.tokenizer.lossless:
+        return None
+    if index.tokenizer.fingerprint != ByteTokenizer.fingerprint:
+        return np.full(index.vocab_size, index.text_bytes / index.tokens)
+    return (np.arange(index.vocab_size) != index.tokenizer.end_token).astype(np.float64)
+
+
 def check_vocabulary(index: TokenIndex, vocab_size: int) -> None:
     """Raises UserError unless a model with `vocab_size` embeddings has one for every token of the tokenizer."""
     if index.vocab_size > vocab_size:
@@ -90,7 +110,8 @@ def check_vocabulary(index: TokenIndex, vocab_size: int) -> None:
         )
 
 
-def _check_tokenizer(stream: TokenStream, name: str, fingerprint: str, whose: str) -> None:
+def check_tokenizer(stream: TokenStream, name: str, fingerprint: str, whose: str) -> None:
+    """Raises UserError unless `stream` was made with the tokenizer `name`, of this fingerprint, which is that of `whose`."""
     made_with = stream.index.tokenizer
     if made_with.fingerprint != fingerprint:
         raise UserError(

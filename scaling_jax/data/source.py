@@ -15,6 +15,7 @@ from scaling_jax.errors import UserError
 
 _SUBSET_SEED = 20_230_921  # any fixed number: config.data.train_tokens means the same blocks in every run
 _MAX_BLOCKS = 1 << 32  # Grain's index shuffle counts in 32 bits
+_SCAN = 1 << 14  # tokens that are searched for an end token at once
 
 
 def count_blocks(stream: TokenStream, context: int) -> int:
@@ -58,6 +59,36 @@ def spread_blocks(stream: TokenStream, context: int, tokens: int) -> np.ndarray:
         return np.arange(available, dtype=np.int64)
     # The middle block of each of `wanted` equal stretches.
     return (2 * np.arange(wanted, dtype=np.int64) + 1) * available // (2 * wanted)
+
+
+def documents_between(stream: TokenStream, context: int, blocks: np.ndarray) -> np.ndarray:
+    """Whether a document ends between a block and the one before it: bool [len(blocks)], for ascending `blocks`.
+
+    The first is False, and so are neighbours, which share the only token there. A gap is read up to its first end token: about a
+    document's length each, and in all never more than the stream.
+    """
+    found = np.zeros(len(blocks), bool)
+    for i in np.flatnonzero(np.diff(blocks) > 1) + 1:
+        gap = range((int(blocks[i - 1]) + 1) * context, int(blocks[i]) * context, _SCAN)  # from the last target before it
+        pieces = (stream.read(start, min(_SCAN, gap.stop - start)) for start in gap)
+        found[i] = any((piece == stream.index.tokenizer.end_token).any() for piece in pieces)
+    return found
+
+
+def document_ids(tokens_NxL: np.ndarray, between_N: np.ndarray, end_token: int, first: int = 0) -> tuple[np.ndarray, int]:
+    """Which document each target is of, int64 [N, L - 1] and ascending, and `first` for the blocks that follow.
+
+    A document's end token belongs to it. The numbers tell documents apart; those that lie between blocks are not counted.
+
+    Args:
+      tokens_NxL: ascending blocks of a stream.
+      between_N: of these blocks, from `documents_between`.
+      end_token: of the stream's tokenizer.
+      first: for the first target, what the call for the blocks before these returned.
+    """
+    ends_NxT = tokens_NxL[:, :-1] == end_token  # a target's document begins after the last of those before it
+    before_N = first + np.cumsum(between_N) + np.concatenate([[0], np.cumsum(ends_NxT.sum(1))])[:-1]
+    return before_N[:, None] + np.cumsum(ends_NxT, axis=1), int(first + between_N.sum() + ends_NxT.sum())
 
 
 class TokenSource:

@@ -1,7 +1,7 @@
 """What a finished run shows: a short table, and its figures."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scaling_jax.report.critical_batch import critical_batch_figure, critical_batches, write_laws
 from scaling_jax.report.figures import loss_figure, noise_figure
@@ -12,8 +12,15 @@ CRITICAL_BATCH_FIGURE = "critical_batch.png"
 _NOISE_SCALES = {"noise": ("", "noise scale"), "preconditioned": ("preconditioned_", "preconditioned noise")}  # prefix of keys, row
 
 
-def report_run(workdir: str | Path, summary: dict[str, Any]) -> str:
-    """Draws DIR/figures, writes DIR/laws, adds the noise scales' exponents to summary.json, and returns the table."""
+class Report(NamedTuple):
+    """A run's table, and the files of the figures that show something."""
+
+    table: str
+    figures: list[Path]
+
+
+def report_run(workdir: str | Path, summary: dict[str, Any]) -> Report:
+    """Draws DIR/figures, writes DIR/laws, and adds the noise scales' exponents to `summary` and summary.json."""
     workdir = Path(workdir)
     records = read_records(workdir)
     found = critical_batches(workdir, records)
@@ -36,7 +43,7 @@ def report_run(workdir: str | Path, summary: dict[str, Any]) -> str:
     if critical_batch_figure(found, laws, records, figures / CRITICAL_BATCH_FIGURE, summary):
         drawn.append(figures / CRITICAL_BATCH_FIGURE)
     files = [("law", workdir / LAWS / f"{definition}.json") for definition in laws] + [("figure", path) for path in drawn]
-    return "\n".join(f"{name:<24}{value}" for name, value in [*_rows(summary), *files])
+    return Report("\n".join(f"{name:<24}{value}" for name, value in [*_rows(summary), *files]), drawn)
 
 
 def draw_critical_batch(workdir: str | Path) -> Path | None:
@@ -65,7 +72,8 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             continue
         domain, se, bits = key.split("/")[1], summary[key + "_se"], summary[key.removesuffix("loss") + "bits_per_byte"]
         error = "" if se is None else f" ± {se:.4f}"
-        rows.append((f"{domain} loss", f"{summary[key]:.4f}{error} nats/token, {bits:.3f} bits/byte"))
+        per_byte = "" if bits is None else f", {bits:.3f} bits/byte"  # unknown where the tokenizer loses text
+        rows.append((f"{domain} loss", f"{summary[key]:.4f}{error} nats/token{per_byte}"))
     for prefix, name in _NOISE_SCALES.values():
         value, exponent = f"{prefix}noise_scale_tokens", f"{prefix}noise_scale_exponent"
         if value in summary:

@@ -1,52 +1,192 @@
-"""Held-out loss, of every domain, on the same sequences each time."""
+"""Held-out loss, of every domain, on the same sequences each time: per token, per position and per byte, with errors over documents."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from scaling_jax.data.corpus import RunData
-from scaling_jax.data.source import read_blocks, spread_blocks
+from scaling_jax.data.corpus import RunData, token_bytes
+from scaling_jax.data.shards import TokenStream
+from scaling_jax.data.source import document_ids, documents_between, read_blocks, spread_blocks
+from scaling_jax.train.document_error import RatioByDocument
 from scaling_jax.train.step import Trainer
 
 
-class Evaluator:
-    """Calls as `evaluator(params) -> {'eval/<domain>/loss': …}`.
+class Estimate(NamedTuple):
+    """A mean, and its standard error over documents; None where unknown."""
 
-    Losses are nats per token, averaged per sequence and then over sequences that lie evenly spread over the domain; `loss_se` is
-    the standard error over sequences, `bits_per_byte` counts the bytes of the text.
+    value: float | None
+    se: float | None
+
+
+class Positions(NamedTuple):
+    """Nats per token at the positions `first` to `last`, both counted, from 1: the token at position p is predicted from p tokens."""
+
+    first: int
+    last: int
+    loss: Estimate
+
+
+class Evaluation(NamedTuple):
+    """What a model's losses on a domain come to. Standard errors are over documents: see `scaling_jax.train.document_error`."""
+
+    tokens: int  # predicted, each once
+    documents: int  # that they are of, whole or in part
+    loss: Estimate  # nats per token
+    bits_per_byte: Estimate  # unknown where the tokenizer loses text
+    positions: list[Positions]  # one by one, if asked for
+    bins: list[Positions]  # the same in logarithmic bins
+
+
+class HeldOut:
+    """The blocks of a domain that are evaluated, evenly spread over it, and the document that each of their tokens is of.
+
+    Args:
+      stream: the domain.
+      context: tokens in a sequence.
+      tokens: how much to evaluate; 0, or more than there is, means all.
+
+    Raises:
+      UserError: `tokens` or the stream is less than one context.
     """
 
+    def __init__(self, stream: TokenStream, context: int, tokens: int):
+        self.stream, self.context = stream, context
+        self.blocks = spread_blocks(stream, context, tokens)
+        self.between_N = documents_between(stream, context, self.blocks)
+        self.bytes_V = token_bytes(stream)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.blocks) * self.context
+
+    def read(self) -> np.ndarray:
+        """All its sequences, int32 [N, context + 1]."""
+        return read_blocks(self.stream, self.context, self.blocks)
+
+    def pieces(self, sequences: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """So many sequences at a time, [n, context + 1], with the documents of their targets, [n, context]."""
+        first = 0
+        for start in range(0, len(self.blocks), sequences):
+            part = slice(start, start + sequences)
+            tokens_BxL = read_blocks(self.stream, self.context, self.blocks[part])
+            documents_BxT, first = document_ids(tokens_BxL, self.between_N[part], self.stream.index.tokenizer.end_token, first)
+            yield tokens_BxL, documents_BxT
+
+
+class Evaluator:
+    """Calls as `evaluator(params) -> {'eval/<domain>/loss': …}`: for each domain `loss`, nats per token, and `bits_per_byte`, and of
+    both `_se`, the standard error over documents; None where unknown."""
+
     def __init__(self, config: ConfigDict, data: RunData, trainer: Trainer):
-        self.trainer, self.data = trainer, data
-        context = config.model.context
-        shards = config.mesh.replica * config.mesh.fsdp
-        self.batch = -(-config.eval.batch_sequences // shards) * shards
-        self.sequences = {
-            name: read_blocks(stream, context, spread_blocks(stream, context, config.eval.tokens)) for name, stream in data.domains.items()
-        }
+        self.trainer = trainer
+        self.batch = batch_sequences(config)
+        self.domains = {name: HeldOut(stream, config.model.context, config.eval.tokens) for name, stream in data.domains.items()}
 
     def __call__(self, params: nnx.State) -> dict[str, Any]:
         record = {}
-        for name, tokens_NxL in self.sequences.items():
-            losses_N = self.losses(params, tokens_NxL)
-            loss = float(losses_N.mean())
-            record[f"eval/{name}/loss"] = loss
-            record[f"eval/{name}/loss_se"] = float(losses_N.std(ddof=1) / math.sqrt(len(losses_N))) if len(losses_N) > 1 else None
-            record[f"eval/{name}/bits_per_byte"] = loss / math.log(2) * self.data.tokens_per_byte(name)
+        for name, held_out in self.domains.items():
+            found = evaluate(self.trainer, params, held_out, self.batch)
+            for key, estimate in (("loss", found.loss), ("bits_per_byte", found.bits_per_byte)):
+                record |= {f"eval/{name}/{key}": estimate.value, f"eval/{name}/{key}_se": estimate.se}
         return record
+
+    @property
+    def sequences(self) -> dict[str, np.ndarray]:
+        """The sequences of each domain, int32 [N, context + 1]."""
+        return {name: held_out.read() for name, held_out in self.domains.items()}
 
     def losses(self, params: nnx.State, tokens_NxL: np.ndarray) -> np.ndarray:
         """Loss of every sequence, float64 [N]."""
-        losses = []
-        for start in range(0, len(tokens_NxL), self.batch):
-            tokens_BxL = tokens_NxL[start : start + self.batch]
-            count = len(tokens_BxL)
-            tokens_BxL = np.pad(tokens_BxL, ((0, self.batch - count), (0, 0)), mode="edge")  # one shape, one program
-            if self.trainer.eval_sharding is not None:
-                tokens_BxL = jax.device_put(tokens_BxL, self.trainer.eval_sharding)
-            losses.append(np.asarray(self.trainer.eval(params, tokens_BxL), np.float64)[:count].mean(1))
-        return np.concatenate(losses)
+        pieces = ((tokens_NxL[start : start + self.batch], None) for start in range(0, len(tokens_NxL), self.batch))
+        return np.concatenate([losses_BxT.mean(1) for losses_BxT, *_ in _with_losses(self.trainer, params, pieces, self.batch)])
+
+
+def batch_sequences(config: ConfigDict) -> int:
+    """Sequences evaluated at a time: config.eval.batch_sequences, up to whole rows of the mesh."""
+    shards = config.mesh.replica * config.mesh.fsdp
+    return -(-config.eval.batch_sequences // shards) * shards
+
+
+def evaluate(
+    trainer: Trainer,
+    params: nnx.State,
+    held_out: HeldOut,
+    batch: int,
+    by_position: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Evaluates one domain, in memory that does not grow with it.
+
+    Args:
+      trainer: of the model.
+      params: its parameters.
+      held_out: what to evaluate.
+      batch: sequences at a time, from `batch_sequences`.
+      by_position: also the loss at each place within a sequence.
+      on_progress: called with the tokens evaluated so far.
+    """
+    edges = position_edges(held_out.context) if by_position else []
+    total, bits, each = RatioByDocument(), RatioByDocument(), RatioByDocument(held_out.context)
+    bins = [RatioByDocument() for _ in edges[1:]]
+    tokens = 0
+    for losses_BxT, tokens_BxL, documents_BxT in _with_losses(trainer, params, held_out.pieces(batch), batch):
+        ones_BxT = np.ones_like(losses_BxT)
+        total.add(*map(_column, (losses_BxT, ones_BxT, documents_BxT)))
+        if held_out.bytes_V is not None:
+            bits.add(*map(_column, (losses_BxT / math.log(2), held_out.bytes_V[tokens_BxL[:, 1:]], documents_BxT)))
+        if by_position:
+            each.add(losses_BxT, ones_BxT, documents_BxT)
+            for ratio, start, stop in zip(bins, edges, edges[1:], strict=False):
+                ratio.add(*(_column(x_BxT[:, start:stop]) for x_BxT in (losses_BxT, ones_BxT, documents_BxT)))
+        tokens += losses_BxT.size
+        if on_progress is not None:
+            on_progress(tokens)
+    loss_C, loss_se_C, documents_C = total.read()
+    single = [Positions(i + 1, i + 1, loss) for i, loss in enumerate(_estimates(each))] if by_position else []
+    binned = [Positions(start + 1, stop, *_estimates(ratio)) for ratio, start, stop in zip(bins, edges, edges[1:], strict=False)]
+    loss = Estimate(float(loss_C[0]), _known(loss_se_C[0]))  # a loss that is not finite is told as such
+    return Evaluation(tokens, int(documents_C[0]), loss, *_estimates(bits), single, binned)
+
+
+def position_edges(context: int) -> list[int]:
+    """Where logarithmic bins of the positions 0, …, context - 1 begin, and `context`: two to a doubling, none a short end."""
+    starts = {round(2 ** (k / 2)) - 1 for k in range(2 * context.bit_length())}
+    return [*sorted(start for start in starts if start <= 0.75 * context), context]
+
+
+def _with_losses(
+    trainer: Trainer, params: nnx.State, pieces: Iterable[tuple[np.ndarray, Any]], batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
+    """(loss of every token, float64 [n, context], and the piece) for each piece of at most `batch` sequences."""
+    pending = None  # on the device, while the host reads the next piece
+    for tokens_NxL, of_piece in pieces:
+        tokens_BxL = np.pad(tokens_NxL, ((0, batch - len(tokens_NxL)), (0, 0)), mode="edge")  # one shape, one program
+        if trainer.eval_sharding is not None:
+            tokens_BxL = jax.device_put(tokens_BxL, trainer.eval_sharding)
+        before, pending = pending, (trainer.eval(params, tokens_BxL), tokens_NxL, of_piece)
+        if before is not None:
+            yield _on_host(*before)
+    if pending is not None:
+        yield _on_host(*pending)
+
+
+def _on_host(losses_BxT: jax.Array, tokens_NxL: np.ndarray, of_piece: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    return np.asarray(losses_BxT, np.float64)[: len(tokens_NxL)], tokens_NxL, of_piece
+
+
+def _column(x_BxT: np.ndarray) -> np.ndarray:
+    return x_BxT.reshape(-1, 1)
+
+
+def _estimates(ratio: RatioByDocument) -> list[Estimate]:
+    value_C, error_C, _ = ratio.read()
+    return [Estimate(_known(value), _known(error)) for value, error in zip(value_C, error_C, strict=True)]
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,11 +1,14 @@
 """A run from its config to its summary: resume, train, measure, evaluate, save, stop cleanly."""
 
+import contextlib
 import errno
+import functools
 import math
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ from scaling_jax.errors import UserError
 from scaling_jax.mesh import make_mesh
 from scaling_jax.optimizer import RoleState
 from scaling_jax.train import checkpoint as checkpoint_lib
+from scaling_jax.train import profile, wandb
 from scaling_jax.train import workdir as workdir_lib
 from scaling_jax.train.applied import applied_table
 from scaling_jax.train.batch_size import UNKNOWN, Followed, microbatches, replay
@@ -44,7 +48,14 @@ class _Step(NamedTuple):
     metrics: StepMetrics
 
 
-def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False, start: Start | None = None) -> dict[str, Any]:
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    overwrite: bool = False,
+    start: Start | None = None,
+    profile_at_tokens: Sequence[int] = (),
+    report: Callable[[dict[str, Any]], Sequence[Path]] | None = None,
+) -> dict[str, Any]:
     """Trains, or continues, the run that `config` describes in `workdir`; returns what summary.json holds.
 
     The summary's `status` is 'finished', 'interrupted' (saved; the same call continues), 'stopped' (at train.stop_at_tokens; saved, and
@@ -56,6 +67,9 @@ def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False, star
       overwrite: delete a run that is there first.
       start: the checkpoint of another run, of the same model, that this run begins with. Parameters, moments, noise scale and
         position in the data are the checkpoint's; the learning rate, the batch and all else are what `config` says.
+      profile_at_tokens: positions after which a few steps are traced, into workdir/profile (`profile.StepTraces`).
+      report: called with the summary, once it is written, unless the run was interrupted. It returns the figures (PNG) that TensorBoard
+        and W&B show as well, and may add to the summary.
 
     Raises:
       UserError: the config, the data, the work directory or the disk do not allow the run.
@@ -64,6 +78,8 @@ def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False, star
     devices = jax.devices()
     config_lib.resolve_mesh(config, len(devices))
     config_lib.validate(config, len(devices))
+    profile.check(profile_at_tokens, _end_tokens(config))
+    wandb.check(config.logging.wandb)
     data = open_run_data(config, verify=config.data.verify)
     followed = Followed(config)
     others = {} if followed.fingerprint is None else {"batch.follow": f"law {followed.fingerprint}"}
@@ -73,7 +89,7 @@ def train(config: ConfigDict, workdir: str | Path, overwrite: bool = False, star
     lock = workdir_lib.claim(workdir, config, data.fingerprint, overwrite, others)
     try:
         with Checkpoints(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_at_tokens) as checkpoints:
-            return _Run(config, workdir, data, checkpoints, followed, start).run()
+            return _Run(config, workdir, data, checkpoints, followed, start).run(profile_at_tokens, report)
     except Exception as error:
         if _is_full_disk(error):
             raise UserError(
@@ -119,38 +135,51 @@ class _Run:
         self.mesh = make_mesh(mesh.replica, mesh.fsdp, mesh.tensor, mesh.member) if len(jax.devices()) > 1 else None
         self.trainer = Trainer(config, self.mesh)
         self.evaluator = Evaluator(config, data, self.trainer)
-        end_tokens = min(config.train.tokens, config.train.stop_at_tokens or config.train.tokens)
-        self.progress = Progress(end_tokens, config.logging.console_seconds, show_batch=config.batch.schedule != "constant")
+        self.end_tokens = _end_tokens(config)
+        self.progress = Progress(self.end_tokens, config.logging.console_seconds, show_batch=config.batch.schedule != "constant")
         self.context, self.total_tokens = config.model.context, config.train.tokens
         self.held_out: float | None = None
         self.noise_keys: dict[str, Any] = {}
         self.stop_signal: int | None = None
 
-    def run(self) -> dict[str, Any]:
+    def run(self, profile_at_tokens: Sequence[int], report: Callable[[dict[str, Any]], Sequence[Path]] | None) -> dict[str, Any]:
         state, tokens = self.restore_or_init()
         if tokens >= self.total_tokens and (finished := workdir_lib.finished_summary(self.workdir)):
             self.progress.say(f"{self.workdir}: already finished; --overwrite trains it again")
+            if report is not None:
+                report(finished)
             return finished
         table = applied_table(self.trainer, state)
         self.table_fingerprint = table["fingerprint"]
         workdir_lib.write_json(self.workdir / workdir_lib.TABLE_FILE, table)
         self.batch_size, _ = replay(self.config, read_records(self.workdir), self.start.tokens if self.start else 0, tokens)
-        self.writer = MetricsWriter(self.workdir, tokens, self.config.logging.tensorboard)
+        self.traces = profile.StepTraces(self.workdir / profile.DIRECTORY, profile_at_tokens, tokens, self.progress.say)
+        use_wandb = self.config.logging.wandb and jax.process_index() == 0
+        start_wandb = functools.partial(wandb.WandbRun, self.config, self.workdir, self.progress.say) if use_wandb else None
+        self.writer = MetricsWriter(self.workdir, tokens, self.config.logging.tensorboard, start_wandb)
         self.saved_tokens = tokens if tokens in self.checkpoints.tokens() else None
+        started = time.monotonic()
+        with contextlib.closing(self.writer):
+            try:
+                with self.stopping_at_signals():
+                    status, step, tokens = self.steps(state)
+                    self.checkpoints.wait()
+            finally:
+                self.progress.end()
+            summary = self.summary(status, step, tokens, time.monotonic() - started)
+            workdir_lib.write_json(self.workdir / workdir_lib.SUMMARY_FILE, summary)
+            self.writer.end(summary, () if report is None or status == "interrupted" else report(summary))
+        return summary
+
+    @contextlib.contextmanager
+    def stopping_at_signals(self) -> Iterator[None]:
         stops = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
         previous = {number: signal.signal(number, self.on_signal) for number in stops}
-        started = time.monotonic()
         try:
-            status, step, tokens = self.steps(state)
-            self.checkpoints.wait()
+            yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            self.progress.end()
-            self.writer.close()
-        summary = self.summary(status, step, tokens, time.monotonic() - started)
-        workdir_lib.write_json(self.workdir / workdir_lib.SUMMARY_FILE, summary)
-        return summary
 
     def restore_or_init(self) -> tuple[TrainState, int]:
         restored = self.checkpoints.restore_latest(self.trainer.abstract_sharded_state, self.progress.say)
@@ -171,17 +200,18 @@ class _Run:
 
     def steps(self, state: TrainState) -> tuple[str, int, int]:
         """Trains to the end of the budget, a stop, a signal, or a loss that is not finite: (status, steps, tokens)."""
-        every, stop_tokens = self.config.noise_scale.every, self.config.train.stop_at_tokens or math.inf
+        every = self.config.noise_scale.every
         sequences, step = int(state.sequences), int(state.step)
         tokens = sequences * self.context
         decision_due = self.batch_size.next_due(tokens)
         pending: _Step | None = None
-        with Prefetcher(lambda key: self.data.train.batch(*key), self.config.data.prefetch) as batches:
+        with Prefetcher(lambda key: self.data.train.batch(*key), self.config.data.prefetch) as batches, contextlib.closing(self.traces):
             try:
-                while tokens < min(self.total_tokens, stop_tokens) and self.stop_signal is None:
+                while tokens < self.end_tokens and self.stop_signal is None:
                     batch_sequences = self.batch_size.batch_tokens // self.context
                     tokens_AxBxL = self.place(batches.get((sequences, batch_sequences)))
-                    state, metrics = self.trainer.step(state, tokens_AxBxL, bool(every) and (step + 1) % every == 0)
+                    measure = bool(every) and (step + 1) % every == 0
+                    state, metrics = self.traces.step(self.trainer.step, step + 1, tokens, state, tokens_AxBxL, measure)
                     # Written while the next step runs, so that the device never waits for the host.
                     self.record(pending)
                     step, sequences, before = step + 1, sequences + batch_sequences, tokens
@@ -311,6 +341,11 @@ class _Run:
             "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
             "timing": {"seconds": round(seconds, 1)},
         }
+
+
+def _end_tokens(config: ConfigDict) -> int:
+    """Where this start of the run ends at the latest; its last step may reach beyond."""
+    return min(config.train.tokens, config.train.stop_at_tokens or config.train.tokens)
 
 
 def _crosses(every: int, before: int, after: int) -> bool:

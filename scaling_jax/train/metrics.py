@@ -1,12 +1,13 @@
-"""What a run writes down and shows: metrics.jsonl, TensorBoard events, and the progress line."""
+"""What a run writes down and shows: metrics.jsonl, and the progress line."""
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from scaling_jax.model import KINDS
 from scaling_jax.noise_scale import NoiseScale
 from scaling_jax.train.noise import PLAIN, PRECONDITIONED
 from scaling_jax.train.step import StepMetrics
+from scaling_jax.train.tensorboard import DIRECTORY, Events
 
 FILE = "metrics.jsonl"
 NOISE_KEYS = ("noise_scale", "grad_sq", "grad_trace", f"{PRECONDITIONED}_")  # beginnings of the keys that only measured steps have
@@ -78,13 +80,23 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield end, record
 
 
-class MetricsWriter:
-    """Appends records to metrics.jsonl and TensorBoard, from where a checkpoint left off.
+class Service(Protocol):
+    """Where records go as well, such as W&B."""
 
-    Records later than `tokens` are cut off first: the run that continues from there writes them again.
+    def catch_up(self, records: Sequence[dict[str, Any]]) -> None: ...
+    def write(self, record: dict[str, Any]) -> None: ...
+    def end(self, summary: dict[str, Any], figures: Sequence[Path]) -> None: ...
+    def close(self) -> None: ...
+
+
+class MetricsWriter:
+    """Appends records to metrics.jsonl, TensorBoard and a service, from where a checkpoint left off.
+
+    Records later than `tokens` are cut off first: the run that continues from there writes them again. `start_service` is called
+    after that, and what it returns given the records that stay.
     """
 
-    def __init__(self, workdir: Path, tokens: int, tensorboard: bool = True):
+    def __init__(self, workdir: Path, tokens: int, tensorboard: bool = True, start_service: Callable[[], Service] | None = None):
         path = workdir / FILE
         end = step = 0
         if path.exists():
@@ -94,61 +106,33 @@ class MetricsWriter:
                 end, step = offset, record["step"]
         self._file = path.open("ab")
         self._file.truncate(end)
-        self._events = _Events(workdir / "tensorboard", step + 1) if tensorboard else None
+        self._others: list[Events | Service] = [Events(workdir / DIRECTORY, step + 1)] if tensorboard else []
+        if start_service is not None:
+            service = start_service()
+            self._others.append(service)
+            service.catch_up(read_records(workdir))
 
     def write(self, record: dict[str, Any]) -> None:
         record = {key: _number(value) if isinstance(value, float) else value for key, value in record.items()}  # JSON has no nan
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
-        if self._events is not None:
-            self._events.write(record)
+        for other in self._others:
+            other.write(record)
+
+    def end(self, summary: dict[str, Any], figures: Sequence[Path]) -> None:
+        """Adds the summary and figures (PNG) where there is a place for them."""
+        for other in self._others:
+            other.end(summary, figures)
 
     def sync(self) -> None:
         """On disk before a checkpoint is, so that a resumed run finds every record up to it."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        try:
+        with contextlib.ExitStack() as stack:
+            for other in self._others:
+                stack.callback(other.close)
             self._file.close()  # flushes, which a full disk refuses
-        finally:
-            if self._events is not None:
-                self._events.close()
-
-
-class _Events:
-    """TensorBoard's file, written in the caller's thread: SummaryWriter leaves it to another, and waits for that forever once it
-    died of a full disk."""
-
-    def __init__(self, directory: Path, first_step: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        self._event, self._summary = Event, Summary
-        directory.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(directory / "events"), f".{first_step}")
-        # Hides what a stopped process wrote from there on.
-        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
-        self._flushed = -math.inf
-
-    def write(self, record: dict[str, Any]) -> None:
-        numbers = dict(_scalars(record))
-        summary = self._summary(value=[self._summary.Value(tag=key, simple_value=value) for key, value in numbers.items()])
-        self._writer.write_event(self._event(wall_time=time.time(), step=record["step"], summary=summary))
-        if time.monotonic() - self._flushed > 10:
-            self._writer.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every number of a record but its step; those of a list get their index as name."""
-    for key, value in record.items():
-        for name, number in [(f"{key}/{i:02}", x) for i, x in enumerate(value)] if isinstance(value, list) else [(key, value)]:
-            if isinstance(number, int | float) and key != "step":
-                yield name, number
 
 
 class Progress:

@@ -17,10 +17,10 @@ from scaling_jax.errors import UserError
 from scaling_jax.train import checkpoint, metrics
 
 CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LOCK_FILE = "config.json", "summary.json", "parametrization.json", "figures", ".lock"
-LAWS, BRANCHES = "laws", "branches"
+LAWS, BRANCHES, EVALUATIONS = "laws", "branches", "evaluations"
 _OWN = (
-    *(CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LAWS, BRANCHES),
-    *(metrics.FILE, "tensorboard", checkpoint.DIRECTORY, checkpoint.SET_ASIDE),
+    *(CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LAWS, BRANCHES, EVALUATIONS),
+    *(metrics.FILE, "tensorboard", "wandb", "profile", checkpoint.DIRECTORY, checkpoint.SET_ASIDE),
 )
 
 

@@ -1,11 +1,13 @@
 """`scaling-jax train`."""
 
 import sys
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from scaling_jax.errors import UserError
-from scaling_jax.verbs.common import Verb, config_of, define_config
+from scaling_jax.verbs.common import Verb, config_of, define_config, integers
 from scaling_jax.verbs.process import keep_freed_memory, use_compilation_cache
 
 
@@ -21,21 +23,36 @@ def _define(values: flags.FlagValues) -> None:
     define_config(values)
     flags.DEFINE_string("workdir", None, "directory of the run; an unfinished run there is continued", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "delete the run that is in workdir, and start again", flag_values=values)
+    flags.DEFINE_string(
+        "profile_at_tokens", "", "trace three steps after so many tokens, for XProf; several, comma-separated", flag_values=values
+    )
 
 
 def _run(values: flags.FlagValues) -> int:
     config, workdir = config_of(values), workdir_of(values)
+    profile_at_tokens = integers("profile_at_tokens", values.profile_at_tokens, "1000000,2000000") if values.profile_at_tokens else []
     use_compilation_cache()
     keep_freed_memory()
     from scaling_jax.report.run import report_run
     from scaling_jax.train.loop import train
+    from scaling_jax.train.profile import DIRECTORY
 
-    summary = train(config, workdir, overwrite=values.overwrite)
+    tables = []
+
+    def report(summary: dict[str, Any]) -> list[Path]:
+        table, figures = report_run(workdir, summary)
+        tables.append(table)
+        return figures
+
+    summary = train(config, workdir, overwrite=values.overwrite, profile_at_tokens=profile_at_tokens, report=report)
     if summary["status"] == "interrupted":
         saved = f"saved at {summary['tokens']:,} tokens" if summary["tokens"] else "nothing to save yet"
         print(f"interrupted, {saved}; the same command continues", file=sys.stderr)
         return 128 + summary["signal"]
-    print(report_run(workdir, summary))
+    print(*tables, sep="\n")
+    for traced in sorted({Path(workdir) / DIRECTORY / str(tokens) for tokens in profile_at_tokens}):
+        if traced.exists():
+            print(f"{'profile':<24}{traced}")
     return 1 if summary["status"] == "diverged" else 0
 
 
