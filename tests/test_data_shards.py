@@ -4,14 +4,17 @@ import types
 import numpy as np
 import pytest
 
-from scaling_jax.data.shards import ShardWriter, TokenStream, is_token_directory
+from scaling_jax.data.shard_writer import ShardWriter
+from scaling_jax.data.shards import TokenStream, is_token_directory
 from scaling_jax.data.tokenizers import ByteTokenizer
 from scaling_jax.errors import UserError
 
 
 def numbers(vocab_size):
     """A stand-in for a tokenizer whose tokens are numbers."""
-    return types.SimpleNamespace(name=f"numbers{vocab_size}", vocab_size=vocab_size, end_token=0, fingerprint=f"{vocab_size:064x}")
+    return types.SimpleNamespace(
+        name=f"numbers{vocab_size}", vocab_size=vocab_size, end_token=0, fingerprint=f"{vocab_size:064x}", lossless=False
+    )
 
 
 def write(directory, lengths=(5, 1, 12, 0, 7), vocab_size=1000, shard_tokens=4):
@@ -158,7 +161,7 @@ def edit(**fields):
         (lambda index: index[:-40], "not JSON"),
         (lambda index: "[]", "not an index"),
         (edit(format="other"), "not an index"),
-        (edit(version=2), "version 2, this program reads version 1"),
+        (edit(version=3), "version 3, this program reads versions 1 and 2"),
         (edit(tokens=31), "contradict"),
         (edit(documents=4), "contradict"),
         (edit(dtype="uint32"), "contradict"),
@@ -174,6 +177,19 @@ def test_damaged_index_is_named(tmp_path, damage, message):
     index.write_text(damage(index.read_text()))
     with pytest.raises(UserError, match=rf"index\.json: .*{message}"):
         TokenStream(directory)
+
+
+def test_losslessness_is_recorded_and_version_1_which_did_not_is_read(tmp_path):
+    write(tmp_path / "numbers")
+    with ShardWriter(tmp_path / "bytes", ByteTokenizer()) as writer:
+        writer.add([65], 1)
+    for name, lossless in (("numbers", False), ("bytes", True)):
+        index = TokenStream(tmp_path / name).index
+        assert index.tokenizer.lossless is lossless
+        content = index.to_json() | {"version": 1}
+        content["tokenizer"].pop("lossless")
+        (tmp_path / name / "index.json").write_text(json.dumps(content))
+        assert TokenStream(tmp_path / name).index == index  # its fingerprint too
 
 
 def test_a_directory_without_an_index_is_refused(tmp_path):

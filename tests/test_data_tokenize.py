@@ -4,9 +4,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from scaling_jax.data import tokenize
+from scaling_jax.data import documents, tokenize, unpack
 from scaling_jax.data.shards import TokenStream
-from scaling_jax.data.tokenize import find_text_files, split_text, tokenize_files
+from scaling_jax.data.tokenize import tokenize_files
 from scaling_jax.data.tokenizers import ByteTokenizer, FileTokenizer
 from scaling_jax.errors import UserError
 
@@ -50,16 +50,6 @@ def test_files_become_documents_in_sorted_order(tmp_path):
     only(tmp_path, "in", "out")
 
 
-def test_inputs_are_files_directories_and_patterns_each_file_once(tmp_path):
-    texts = make(tmp_path, {"x/1.txt": "", "x/2.txt": "", "x/y/3.txt.xz": "", "x/4.json": "", "odd[1].txt": ""})
-    names = {path: [file.relative_to(tmp_path).as_posix() for file in find_text_files([str(texts / path)])] for path in ("x", "x/*", "**")}
-    assert names["x"] == ["x/1.txt", "x/2.txt", "x/y/3.txt.xz"]
-    assert names["x/*"] == ["x/1.txt", "x/2.txt"]
-    assert names["**"] == ["odd[1].txt", *names["x"]]
-    assert len(find_text_files([str(texts / "x"), str(texts / "x/1.txt"), str(texts / "x/*.txt")])) == 3
-    assert find_text_files([str(texts / "odd[1].txt")]) == [texts / "odd[1].txt"]  # a name before it is a pattern
-
-
 @pytest.mark.parametrize("name", ["missing.txt", "x/*.csv", "x/4.json", "empty"])
 def test_an_input_that_matches_nothing_is_named(tmp_path, name):
     make(tmp_path, {"x/1.txt": "text", "x/4.json": ""})
@@ -100,47 +90,11 @@ def test_a_separator_splits_files_and_vanishes(tmp_path):
     assert TokenStream(tmp_path / "out").index.text_bytes == 17
 
 
-@pytest.mark.parametrize("separator", ["", "|", "<e>", "aaab"])
-def test_splitting_does_not_depend_on_how_the_text_arrives(monkeypatch, separator):
-    # Against str.split, with pieces and chunks so small that separators lie across every kind of border.
-    monkeypatch.setattr(tokenize, "PIECE", 7)
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        text = "".join(rng.choice(["a", "b", " ", "\n", "\n\n", separator or "é"], rng.integers(0, 60)))
-        expected = text.split(separator) if separator else [text]
-        if expected[-1] == "":
-            expected.pop()  # nothing stands after the last separator
-        ways = []
-        for size in (1, 3, 1000):
-            pieces = list(split_text([text[i : i + size] for i in range(0, len(text), size)], separator))
-            documents = [""]
-            for piece, ends in pieces:
-                assert len(piece) <= 7 and (piece or ends)
-                documents[-1] += piece
-                if ends:
-                    documents.append("")
-            assert documents == [*expected, ""]
-            ways.append(pieces)
-        assert ways[0] == ways[1] == ways[2]
-
-
-def test_pieces_end_at_the_best_border(monkeypatch):
-    monkeypatch.setattr(tokenize, "PIECE", 10)
-
-    def pieces(text):
-        return [piece for piece, _ in split_text([text], "")]
-
-    assert pieces("ab\n\ncd\nef gh") == ["ab\n\n", "cd\nef gh"]
-    assert pieces("abcd\nef ghijk") == ["abcd\n", "ef ghijk"]
-    assert pieces("abcd efg hij") == ["abcd efg", " hij"]
-    assert pieces("abcdefghijkl") == ["abcdefghij", "kl"]
-
-
 def test_long_documents_in_pieces_are_one_document(tmp_path, monkeypatch):
     text = "".join(chr(code) for code in np.random.default_rng(0).choice([0x20, 0x41, 0xE9, 0x4E2D, 0x1F642], 3000))
     whole = make(tmp_path / "in", {"1.txt": text})
-    monkeypatch.setattr(tokenize, "PIECE", 64)
-    monkeypatch.setattr(tokenize, "_READ", 5)  # characters of up to 4 bytes lie across reads
+    monkeypatch.setattr(documents, "PIECE", 64)
+    monkeypatch.setattr(unpack, "READ", 5)  # characters of up to 4 bytes lie across reads
     tokenize_files([str(whole)], tmp_path / "out", BYTES)
     assert content(tmp_path / "out") == text.encode() + b"\xff"
     assert TokenStream(tmp_path / "out").index.documents == 1
@@ -175,7 +129,7 @@ def test_a_file_tokenizer_sees_whole_documents(tmp_path):
     "bad, offset", [(b"abc\xe9def", 3), ("é".encode() * 5 + b"\xff", 10), (b"abcdef\xe4\xb8", 6), (b"abc\xe4\xb8xyz", 3)]
 )
 def test_undecodable_bytes_are_placed(tmp_path, monkeypatch, bad, offset, name, read):
-    monkeypatch.setattr(tokenize, "_READ", read)
+    monkeypatch.setattr(unpack, "READ", read)
     texts = make(tmp_path / "in", {"a.txt": "fine", name: bad})
     with pytest.raises(UserError, match=rf"{name}: not UTF-8 at byte {offset}:"):
         tokenize_files([str(texts)], tmp_path / "out", BYTES, 2)
@@ -204,8 +158,16 @@ def test_no_text_and_existing_targets_are_refused(tmp_path):
     only(tmp_path, "in", "out")
 
 
-def test_progress_counts_files_and_tokens(tmp_path):
+def test_progress_counts_files_bytes_and_tokens(tmp_path, monkeypatch):
     texts = make(tmp_path / "in", {f"{n}.txt": "text" for n in range(3)})
     calls = []
-    tokenize_files([str(texts)], tmp_path / "out", BYTES, 2, on_progress=lambda *call: calls.append(call))
-    assert calls == [(0, 3, 5), (1, 3, 10), (2, 3, 15), (3, 3, 15)]
+    monkeypatch.setattr(tokenize, "BATCH", 1)
+    tokenize_files([str(texts)], tmp_path / "out", BYTES, 2, on_progress=calls.append)
+    assert [(call.read_bytes, call.text_bytes, call.tokens) for call in calls] == [
+        (0, 0, 0),
+        (4, 4, 5),
+        (8, 8, 10),
+        (12, 12, 15),
+        (12, 12, 15),
+    ]
+    assert [call.files_done for call in calls] == [0, 0, 1, 2, 3] and {(call.files, call.total_bytes) for call in calls} == {(3, 12)}

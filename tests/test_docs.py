@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs/parametrization.md").read_text()
 MODEL, TRAINING = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -70,3 +72,9 @@ def test_any_model_is_measured_in_the_loop_that_is_shown(tmp_path):
     assert done.returncode == 0, done.stderr
     low, high = (float(re.search(rf"{end}=Array\(\[([0-9.]+|inf),", done.stdout)[1]) for end in ("low", "high"))
     assert 0 <= low < high
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", (ROOT / "docs/interop.md").read_text(), re.DOTALL))
+def test_snippets_about_other_frameworks(snippet, tmp_path):
+    done = run(tmp_path, snippet, "my_model.py")
+    assert done.returncode == 0, done.stderr

@@ -4,24 +4,20 @@ A token directory holds index.json and tokens-00000.bin, tokens-00001.bin, …: 
 allows it, uint32 otherwise.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import sys
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from scaling_jax.data.staging import refuse_existing, staged_directory
-from scaling_jax.data.tokenizers import Tokenizer
+from scaling_jax.data.tokenizers import ByteTokenizer
 from scaling_jax.errors import UserError
 
 FORMAT = "scaling_jax tokens"
-VERSION = 1
+VERSION = 2
+_READABLE = (1, VERSION)  # version 1 did not say whether its tokenizer is lossless
 INDEX_FILE = "index.json"
 
 
@@ -32,6 +28,7 @@ class TokenizerRecord:
     name: str
     fingerprint: str
     end_token: int
+    lossless: bool  # the tokens give back the text, so bits per byte of text are meaningful; False where it is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +85,18 @@ def read_index(directory: str | Path) -> TokenIndex:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not an index of tokens; its format must be {FORMAT!r}")
-    if content.get("version") != VERSION:
-        raise UserError(f"{path}: version {content.get('version')}, this program reads version {VERSION}; tokenize the text again")
+    if content.get("version") not in _READABLE:
+        readable = " and ".join(map(str, _READABLE))
+        raise UserError(f"{path}: version {content.get('version')}, this program reads versions {readable}; tokenize the text again")
     try:
         fields = {field.name: content[field.name] for field in dataclasses.fields(TokenIndex)}
+        if content["version"] == 1:
+            content["tokenizer"]["lossless"] = content["tokenizer"]["fingerprint"] == ByteTokenizer.fingerprint
         fields["tokenizer"] = TokenizerRecord(**content["tokenizer"])
         fields["shards"] = tuple(Shard(**shard) for shard in content["shards"])
         index = TokenIndex(**fields)
         sound = (
-            index.dtype == _dtype_name(index.vocab_size)
+            index.dtype == dtype_name(index.vocab_size)
             and index.tokens == sum(shard.tokens for shard in index.shards) > 0
             and index.fingerprint == content["fingerprint"]
         )
@@ -105,133 +105,6 @@ def read_index(directory: str | Path) -> TokenIndex:
     if not sound:
         raise UserError(f"{path}: damaged: its counts and its fingerprint contradict each other; tokenize the text again")
     return index
-
-
-class ShardWriter:
-    """Writes one token directory; a context manager.
-
-    Everything goes to a hidden sibling directory, which takes the final name on a clean exit and is deleted on an error.
-    After a clean exit `index` describes what was written.
-    """
-
-    def __init__(self, directory: str | Path, tokenizer: Tokenizer, shard_tokens: int = 1 << 26) -> None:
-        """Opens nothing yet.
-
-        Args:
-          directory: the token directory to be; parents are made as needed.
-          tokenizer: gave the tokens; its vocab_size, end_token, name and fingerprint are recorded.
-          shard_tokens: tokens in each shard but the last.
-
-        Raises:
-          UserError: `directory` exists.
-        """
-        if shard_tokens < 1:
-            raise ValueError(f"shard_tokens is {shard_tokens}: must be positive")
-        self.directory = Path(directory)
-        refuse_existing(self.directory)
-        self.index: TokenIndex | None = None
-        self._tokenizer = tokenizer
-        self._shard_tokens = shard_tokens
-        self._dtype = _disk_dtype(_dtype_name(tokenizer.vocab_size))
-        self.tokens = self.documents = self.text_bytes = 0
-        self._shards: list[Shard] = []
-        self._file: BinaryIO | None = None
-        self._file_tokens = 0
-        self._in_document = False
-
-    def __enter__(self) -> "ShardWriter":
-        self._exit = contextlib.ExitStack()
-        self._staging = self._exit.enter_context(staged_directory(self.directory))
-        self._exit.callback(self._abandon)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            try:
-                self.index = self._finish()
-            except BaseException:
-                self._exit.__exit__(*sys.exc_info())  # deletes instead of renaming
-                raise
-        self._exit.__exit__(kind, error, trace)
-
-    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """Appends a whole document, integers [tokens], and the end token.
-
-        Args:
-          tokens: the document, without an end token.
-          text_bytes: UTF-8 bytes of its text.
-
-        Raises:
-          UserError: a token is outside of the tokenizer's vocabulary.
-        """
-        self.extend(tokens, text_bytes)
-        self.end_document()
-
-    def extend(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """Appends a part of a document; `end_document` completes it. Arguments and errors are those of `add`."""
-        tokens = np.asarray(tokens)
-        vocab_size = self._tokenizer.vocab_size
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
-            raise UserError(
-                f"{self.directory}: tokens from {tokens.min()} to {tokens.max()}; "
-                f"the vocabulary of tokenizer {self._tokenizer.name} ends at {vocab_size - 1}"
-            )
-        self._in_document = True
-        self.text_bytes += text_bytes
-        self._append(tokens.astype(self._dtype))
-
-    def end_document(self) -> None:
-        """Appends the end token."""
-        self._append(np.asarray([self._tokenizer.end_token], self._dtype))
-        self.documents += 1
-        self._in_document = False
-
-    def _append(self, tokens: np.ndarray) -> None:
-        self.tokens += len(tokens)
-        while len(tokens):
-            if self._file is None:
-                self._file = open(self._staging / f"tokens-{len(self._shards):05d}.bin", "wb")
-                self._hash = hashlib.sha256()
-            part = tokens[: self._shard_tokens - self._file_tokens].tobytes()
-            self._file.write(part)
-            self._hash.update(part)
-            written = len(part) // self._dtype.itemsize
-            self._file_tokens += written
-            tokens = tokens[written:]
-            if self._file_tokens == self._shard_tokens:
-                self._close_shard()
-
-    def _close_shard(self) -> None:
-        _flush_to_disk(self._file)
-        self._file.close()
-        self._shards.append(Shard(f"tokens-{len(self._shards):05d}.bin", self._file_tokens, self._hash.hexdigest()))
-        self._file, self._file_tokens = None, 0
-
-    def _finish(self) -> TokenIndex:
-        if self._in_document:
-            raise ValueError("the last document was not ended")
-        if self.tokens == self.documents:  # end tokens at most
-            raise UserError(f"{self.directory}: no text to write; the input has {self.documents} documents and 0 tokens")
-        if self._file is not None:
-            self._close_shard()
-        index = TokenIndex(
-            dtype=_dtype_name(self._tokenizer.vocab_size),
-            tokens=self.tokens,
-            documents=self.documents,
-            text_bytes=self.text_bytes,
-            vocab_size=self._tokenizer.vocab_size,
-            tokenizer=TokenizerRecord(self._tokenizer.name, self._tokenizer.fingerprint, self._tokenizer.end_token),
-            shards=tuple(self._shards),
-        )
-        with open(self._staging / INDEX_FILE, "w", encoding="utf-8") as file:
-            json.dump(index.to_json(), file, indent=1)
-            file.write("\n")
-            _flush_to_disk(file)
-        return index
-
-    def _abandon(self) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 class TokenStream:
@@ -250,7 +123,7 @@ class TokenStream:
         """
         self.directory = Path(directory)
         self.index = read_index(directory)
-        dtype = _disk_dtype(self.index.dtype)
+        dtype = disk_dtype(self.index.dtype)
         for shard in self.index.shards:
             _check_shard(self.directory / shard.file, shard, dtype.itemsize, verify)
         self._shards = [np.memmap(self.directory / shard.file, dtype, mode="r") for shard in self.index.shards]
@@ -294,15 +167,11 @@ def _check_shard(path: Path, shard: Shard, itemsize: int, verify: bool) -> None:
             raise UserError(f"{path}: sha256 {digest}; the index says {shard.sha256}. Copy it again, or tokenize the text again")
 
 
-def _dtype_name(vocab_size: int) -> str:
+def dtype_name(vocab_size: int) -> str:
+    """'uint16' or 'uint32', whichever holds every token id below vocab_size."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _disk_dtype(name: str) -> np.dtype:
+def disk_dtype(name: str) -> np.dtype:
+    """How tokens of such a dtype lie in shards."""
     return np.dtype(name).newbyteorder("<")
-
-
-def _flush_to_disk(file: Any) -> None:
-    # The rename must not reach the disk before the content does.
-    file.flush()
-    os.fsync(file.fileno())

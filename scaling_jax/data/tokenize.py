@@ -1,26 +1,47 @@
-"""Text files to token directories, in bounded memory."""
+"""Text files to token directories, in bounded memory, by several processes, and continued where it was stopped."""
 
-import codecs
 import contextlib
+import dataclasses
 import errno
-import glob
-import itertools
-import lzma
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from scaling_jax.data.shards import ShardWriter, TokenIndex
-from scaling_jax.data.staging import refuse_existing, staged_directory
-from scaling_jax.data.tokenizers import Tokenizer
+from scaling_jax.data.documents import PIECE, DocumentReader, find_text_files, kind_of
+from scaling_jax.data.encode_pool import EncodePool, Part
+from scaling_jax.data.resumption import Checkpoints, Position
+from scaling_jax.data.shard_writer import SHARD_TOKENS, ShardFiles
+from scaling_jax.data.shards import VERSION, TokenIndex
+from scaling_jax.data.staging import DATA, RESUME, partial_of, refuse_existing, resumable_directory, staged_directory
+from scaling_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from scaling_jax.errors import UserError
 
-SUFFIXES = (".txt", ".txt.xz")
+BATCH = 1 << 19  # characters that are encoded at once, about
+BATCH_PARTS = 1 << 13  # and most documents or pieces
+CHECKPOINT_TOKENS = 1 << 24
+WORKER_BYTES = 1 << 22  # input, as it lies on the disk, that a process is worth starting for
 
-PIECE = 1 << 16  # most characters that are encoded at once
-_READ = 1 << 18  # bytes that are read at once
 
-Progress = Callable[[int, int, int], None]
+class Progress(NamedTuple):
+    """How far it is."""
+
+    files_done: int
+    files: int
+    read_bytes: int  # of the files, as they lie on the disk
+    total_bytes: int
+    text_bytes: int  # written, of UTF-8 text, by earlier processes too
+    tokens: int  # written
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    parts: list[Part]
+    position: Position  # after them
+    read_bytes: int  # until then
 
 
 def tokenize_files(
@@ -28,83 +49,198 @@ def tokenize_files(
     out: str | Path,
     tokenizer: Tokenizer,
     holdout_every: int = 0,
-    on_progress: Progress | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
     split_documents: str = "",
+    *,
+    field: str = "text",
+    skip_bad: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+    workers: int = 1,
+    resume: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes the tokens of text files under `out`: all of it or, on any error, nothing.
 
-    A document of up to 65,536 characters is encoded whole. A longer one is encoded in pieces of at most so many, each cut
-    after the last blank line in reach, failing that after a line, before a space, or anywhere. That keeps memory bounded for
-    files of any size. Bytes come out the same however they are cut; the tokens of a FileTokenizer can differ from those of
-    the whole document at the cuts, the only places where a merge could have crossed. Blank documents are left out.
+    A document of up to 65,536 characters is encoded whole. A longer one is encoded in pieces of at most so many, each cut before the
+    last space in reach (see `documents.split_text`). That keeps memory bounded for files of any size. Bytes, and byte-level BPE that
+    splits text as GPT-2's does, come out as those of the whole document, wherever its text has a space or a line end within 65,536
+    characters; other tokenizers can give other tokens at the cuts. Blank documents are left out.
+
+    What is written depends on the text, the tokenizer and the options alone, bit for bit: not on `workers`, nor on interruptions.
 
     Args:
-      inputs: files, directories (searched through) and glob patterns of .txt and .txt.xz files, in UTF-8. All files together
-        are sorted by path, each is read once.
+      inputs: files, directories (searched through) and glob patterns of .txt, .jsonl and .parquet files, plain, .gz, .xz or .zst. All
+        files together are sorted by path, each is read once. See `documents.DocumentReader` for what is a document in each.
       out: a directory to make. With holdout_every 0 it is a token directory; otherwise it holds two, train/ and heldout/.
       tokenizer: gives the tokens.
       holdout_every: documents n, 2n, …, counted from 1, go to heldout/; 0 holds none out.
-      on_progress: called with (files done, files, tokens written) after every piece and at the end.
-      split_documents: text that separates documents within a file, and is dropped; '' makes each file one document.
+      on_progress: called at the beginning, after every batch of documents or pieces, and at the end.
+      split_documents: text that separates documents within a .txt, and is dropped; '' makes each .txt one document.
+      field: of a .jsonl's lines or a .parquet's rows, that holds the document.
+      skip_bad: leave bad lines and rows out, and count them.
+      shard_tokens: tokens in each shard but the last.
+      workers: processes that encode; 1 encodes in this one. Fewer are started where there is little to encode.
+      resume: keep what is finished in a hidden sibling of `out` when stopped, even by a crash, and continue from it: from the last
+        16,777,216 tokens, or the last shard. Input, tokenizer and options must be the same; where they are not, it starts again.
+      say: is told that it continues or why it does not, and how many bad lines or rows were left out.
 
     Returns:
       {'train': …, 'heldout': …}, or {'all': …}: for each token directory its 'directory', 'documents', 'tokens',
       'text_bytes', 'shards' (how many) and 'fingerprint'.
 
     Raises:
-      UserError: `out` exists; an input matches nothing, is not UTF-8 (names the byte, of the unpacked text), or is damaged xz;
-        there is no text; there are too few documents to hold one out; or the disk is full or cannot be written.
+      UserError: `out` exists, or another process with `resume` is at it; an input matches nothing, cannot be read or is bad (see
+        `documents.DocumentReader`); there is no text; there are too few documents to hold one out; or the disk is full or cannot be
+        written.
     """
     out = Path(out)
     refuse_existing(out)
     if holdout_every < 0 or holdout_every == 1:
         raise UserError(f"holdout_every is {holdout_every}: must be 0, or at least 2 to leave something to train on")
+    if shard_tokens < 1:
+        raise UserError(f"shard_tokens is {shard_tokens}: must be positive")
     files = find_text_files(inputs)
-    if not split_documents:
+    kinds = {kind_of(file) for file in files}
+    if split_documents and ".txt" not in kinds:
+        raise UserError(f"split_documents is {split_documents!r}, for .txt files; there are only {' and '.join(sorted(kinds))}")
+    if kinds == {".txt"} and not split_documents:
         _require_holdout(len(files), holdout_every, inputs)
+    say = say or (lambda message: None)
+    kept = ""  # what to add to a message where something was kept
     try:
         with contextlib.ExitStack() as stack:
-            if holdout_every:
-                staging = stack.enter_context(staged_directory(out))
-                splits = {"train": staging / "train", "heldout": staging / "heldout"}
+            if resume:
+                folder = stack.enter_context(resumable_directory(out)) / DATA
             else:
-                splits = {"all": out}
-            writers = {split: stack.enter_context(ShardWriter(directory, tokenizer)) for split, directory in splits.items()}
-            documents = _write(files, writers, tokenizer, holdout_every, split_documents, on_progress)
-            if not documents:
-                raise UserError(f"{', '.join(map(str, inputs))}: no text in {len(files)} files")
-            _require_holdout(documents, holdout_every, inputs)
-    except OSError as error:  # of writing: read_text has its own
+                folder = stack.enter_context(staged_directory(out))
+            splits = {"train": "train", "heldout": "heldout"} if holdout_every else {"all": ""}
+            writers = {}
+            for split, name in splits.items():
+                (folder / name).mkdir(exist_ok=True)
+                writers[split] = ShardFiles(folder / name, tokenizer, shard_tokens, out / name)
+                stack.callback(writers[split].close)
+            start, checkpoints = Position(), None
+            if resume:
+                options = [VERSION, PIECE, tokenizer.name, tokenizer.fingerprint, holdout_every, split_documents, field, shard_tokens]
+                checkpoints = Checkpoints(folder.parent, hashlib.sha256(json.dumps(options).encode()).hexdigest(), files)
+                start, note = checkpoints.restore(writers)
+                if note:
+                    say(note)
+                kept = f". {folder.parent} keeps what was done: once that is mended the same command continues; delete it to start again"
+            reading = _Reading(files, start, field, split_documents, skip_bad, holdout_every)
+            workers = 1 if isinstance(tokenizer, ByteTokenizer) else min(workers, max(1, reading.total_bytes // WORKER_BYTES))
+            with EncodePool(tokenizer, workers) as pool:
+                _write(reading, writers, pool, 2 * workers if workers > 1 else 0, checkpoints, on_progress)
+            if not reading.documents:
+                raise UserError(f"{', '.join(map(str, inputs))}: no text in {len(files)} files{_left_out(reading)}")
+            _require_holdout(reading.documents, holdout_every, inputs)
+            indices = {split: writer.finish() for split, writer in writers.items()}
+    except OSError as error:  # of writing: reading has its own
         reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be written: {error.strerror}"
-        raise UserError(f"{out}: {reason}; nothing was written") from error
-    return {split: _summary(out / split if holdout_every else out, writer.index) for split, writer in writers.items()}
+        raise UserError(f"{out}: {reason}{kept if _is_kept(out) else '; nothing was written'}") from error
+    except UserError as error:
+        raise UserError(f"{error}{kept if _is_kept(out) else ''}") from error
+    if reading.skipped:
+        say(_left_out(reading).removeprefix("; "))
+    return {split: _summary(out / name, indices[split]) for split, name in splits.items()}
 
 
-def find_text_files(inputs: Sequence[str]) -> list[Path]:
-    """The .txt and .txt.xz files that `inputs` (files, directories, glob patterns) name, sorted, each once.
+class _Reading:
+    """The input as batches of parts, from a position on; counts documents, and bad lines and rows, from the beginning."""
 
-    Raises:
-      UserError: an input names none.
-    """
-    if not inputs:
-        raise UserError(f"no input: name files, directories or patterns of {' or '.join(SUFFIXES)} files")
-    files: set[Path] = set()
-    for name in map(str, inputs):
-        path = Path(name)
-        if path.is_dir():
-            found = [file for file in path.rglob("*") if _is_text(file)]
-        elif path.exists():
-            found = [path] if _is_text(path) else []
-        else:
-            found = [Path(file) for file in glob.glob(name, recursive=True) if _is_text(Path(file))]
-        if not found:
-            raise UserError(f"{name}: no {' or '.join(SUFFIXES)} file there")
-        files.update(found)
-    return sorted(files)
+    def __init__(self, files: Sequence[Path], start: Position, field: str, separator: str, skip_bad: bool, holdout_every: int) -> None:
+        self.files = files
+        self.documents, self.skipped = start.documents, start.skipped
+        self.first_fault = ""
+        sizes = [file.stat().st_size for file in files]
+        self.total_bytes = sum(sizes)
+        self._sizes = sizes
+        self.start, self.start_bytes = start, sum(sizes[: start.file])
+        self._options = field, separator, skip_bad
+        self._holdout_every = holdout_every
+
+    def batches(self) -> Iterator[_Batch]:
+        parts: list[Part] = []
+        held = 0
+        read_bytes = self.start_bytes
+        for number in range(self.start.file, len(self.files)):
+            reader = DocumentReader(self.files[number], *self._options)
+            before = Position(number, 0, self.documents, self.skipped)
+            done = self.start.pieces if number == self.start.file else 0
+            split = None  # of the document being read
+            for pieces, (text, ends) in enumerate(reader, start=1):
+                if split is None:
+                    self.documents += 1
+                    held_out = self._holdout_every and self.documents % self._holdout_every == 0
+                    split = "all" if not self._holdout_every else "heldout" if held_out else "train"
+                if pieces > done:
+                    parts.append(Part(text, split, ends))
+                    held += len(text)
+                if ends:
+                    split = None
+                if held >= BATCH or len(parts) >= BATCH_PARTS:
+                    yield _Batch(parts, dataclasses.replace(before, pieces=pieces), read_bytes + reader.read_bytes)
+                    parts, held = [], 0
+            self.skipped += reader.skipped
+            self.first_fault = self.first_fault or reader.first_fault
+            read_bytes += self._sizes[number]
+            if parts and (held >= BATCH // 8 or number == len(self.files) - 1):
+                yield _Batch(parts, Position(number + 1, 0, self.documents, self.skipped), read_bytes)
+                parts, held = [], 0
 
 
-def _is_text(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES) and path.is_file()
+def _write(
+    reading: _Reading,
+    writers: dict[str, ShardFiles],
+    pool: EncodePool,
+    ahead: int,
+    checkpoints: Checkpoints | None,
+    on_progress: Callable[[Progress], None] | None,
+) -> None:
+    """Encodes every batch, as many as `ahead` at a time, and appends them in order."""
+
+    def tokens() -> int:
+        return sum(writer.tokens for writer in writers.values())
+
+    def show(position: Position, read_bytes: int) -> None:
+        if on_progress is not None:
+            text_bytes = sum(writer.text_bytes for writer in writers.values())
+            on_progress(Progress(position.file, len(reading.files), read_bytes, reading.total_bytes, text_bytes, tokens()))
+
+    saved = tokens()
+    interval = min(CHECKPOINT_TOKENS, *(writer.shard_tokens for writer in writers.values()))
+    waiting: deque[tuple[_Batch, Future]] = deque()
+
+    def append() -> None:
+        nonlocal saved
+        batch, encoded = waiting.popleft()
+        for split, part in encoded.result().items():
+            writers[split].append(*part)
+        if checkpoints is not None:
+            if not batch.position.pieces:
+                checkpoints.pass_file_end(batch.position, writers)
+            if tokens() - saved >= interval:
+                checkpoints.save(batch.position, writers)
+                saved = tokens()
+        show(batch.position, batch.read_bytes)
+
+    show(reading.start, reading.start_bytes)
+    for batch in reading.batches():
+        waiting.append((batch, pool.submit(batch.parts)))
+        while len(waiting) > ahead:
+            append()
+    while waiting:
+        append()
+    show(Position(len(reading.files)), reading.total_bytes)
+
+
+def _left_out(reading: _Reading) -> str:
+    first = f", the first: {reading.first_fault}" if reading.first_fault else ""  # an earlier process may have met it
+    return f"; {reading.skipped:,} bad lines or rows were left out{first}" if reading.skipped else ""
+
+
+def _is_kept(out: Path) -> bool:
+    return (partial_of(out) / RESUME).exists()
 
 
 def _require_holdout(documents: int, holdout_every: int, inputs: Sequence[str]) -> None:
@@ -113,97 +249,6 @@ def _require_holdout(documents: int, holdout_every: int, inputs: Sequence[str]) 
             f"{', '.join(map(str, inputs))}: {documents} documents, so every {holdout_every}th is none to hold out; "
             "hold out more often, split the files into documents, or tokenize held-out files by themselves"
         )
-
-
-def _write(
-    files: Sequence[Path],
-    writers: dict[str, ShardWriter],
-    tokenizer: Tokenizer,
-    holdout_every: int,
-    separator: str,
-    on_progress: Progress | None,
-) -> int:
-    """Feeds every document to its writer; returns how many there were."""
-    documents = 0
-    for done, path in enumerate(files):
-        writer = None  # of the document being read; its end closes every file
-        for text, ends in split_text(read_text(path), separator):
-            if writer is None:
-                if ends and not text.strip():
-                    continue
-                documents += 1
-                held_out = holdout_every and documents % holdout_every == 0
-                writer = writers["all" if not holdout_every else "heldout" if held_out else "train"]
-            writer.extend(tokenizer.encode(text), len(text.encode("utf-8")))
-            if ends:
-                writer.end_document()
-                writer = None
-            if on_progress is not None:
-                on_progress(done, len(files), sum(split.tokens for split in writers.values()))
-    if on_progress is not None:
-        on_progress(len(files), len(files), sum(split.tokens for split in writers.values()))
-    return documents
-
-
-def read_text(path: Path) -> Iterator[str]:
-    """The text of a .txt or .txt.xz file, chunk by chunk, line ends as they are.
-
-    Raises:
-      UserError: it cannot be read, is not UTF-8, or is damaged xz.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0  # of the next chunk
-    try:
-        with lzma.open(path, "rb") if path.name.endswith(".xz") else open(path, "rb") as file:
-            while True:
-                chunk = file.read(_READ)
-                held_back = len(decoder.getstate()[0])  # bytes of a character that the last chunk began
-                try:
-                    text = decoder.decode(chunk, final=not chunk)
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}: not UTF-8 at byte {offset - held_back + error.start}: {error.reason}") from error
-                if text:
-                    yield text
-                if not chunk:
-                    return
-                offset += len(chunk)
-    except (lzma.LZMAError, EOFError) as error:
-        raise UserError(f"{path}: damaged xz: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def split_text(chunks: Iterable[str], separator: str) -> Iterator[tuple[str, bool]]:
-    """Splits text into documents at `separator`, and documents into pieces of at most PIECE characters.
-
-    Yields (piece, whether it ends its document); joined, they are the text without separators. Where it cuts does not depend
-    on how the text came in chunks.
-    """
-    lookahead = PIECE + max(1, len(separator))  # enough to see that a piece neither ends a document nor cuts a separator
-    buffer, start = "", 0
-    for chunk in itertools.chain(chunks, [None]):
-        buffer, start = buffer[start:] + (chunk or ""), 0
-        while len(buffer) - start >= lookahead or (chunk is None and start < len(buffer)):
-            end = buffer.find(separator, start, start + lookahead) if separator else -1
-            if end >= 0:
-                yield buffer[start:end], True
-                start = end + len(separator)
-            elif len(buffer) - start <= PIECE:
-                yield buffer[start:], True
-                start = len(buffer)
-            else:
-                cut = _last_cut(buffer, start, start + PIECE)
-                yield buffer[start:cut], False
-                start = cut
-
-
-def _last_cut(text: str, start: int, limit: int) -> int:
-    """Where to end a piece that begins at `start` and must end by `limit`."""
-    for mark, kept in (("\n\n", 2), ("\n", 1), (" ", 0)):  # a word keeps the space before it, as its token does
-        cut = text.rfind(mark, start + 1, limit) + kept
-        if cut > start + kept:
-            return cut
-    return limit
 
 
 def _summary(directory: Path, index: TokenIndex) -> dict[str, Any]:
