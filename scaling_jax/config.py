@@ -31,7 +31,8 @@ def default_config() -> ConfigDict:
 def cpu_sized(config: ConfigDict) -> ConfigDict:
     """The recipe of a large run at a size for two CPU cores: 100 steps of 32 sequences of 64 bytes of the built-in corpus.
 
-    Whatever is counted in tokens keeps its share of the budget. Width, depth, heads and lr are left to the caller; `config` is changed.
+    Whatever is counted in tokens keeps its share of the budget, but for ten evaluations and checkpoints. Width, depth, heads and lr are
+    left to the caller; `config` is changed.
     """
     tokens = config.train.tokens
     config.model.context, config.model.vocab_size = 64, 256
@@ -43,6 +44,7 @@ def cpu_sized(config: ConfigDict) -> ConfigDict:
             config[section][key] = value * config.train.tokens // tokens
     config.checkpoint.keep_at_tokens = tuple(max(1, at * config.train.tokens // tokens) for at in config.checkpoint.keep_at_tokens)
     config.data.path, config.data.tokenizer = "sotu", "bytes"
+    config.eval.every_tokens = config.checkpoint.every_tokens = config.train.tokens // 10
     config.eval.tokens = 4096
     return config
 

@@ -111,7 +111,8 @@ class Transformer(nnx.Module):
         dropout_keys_B: Array | None = None,
     ) -> Array:
         """Cross-entropy of every target in nats [B, L]; with config.loss_chunk_tokens no more logits than of so many tokens are held."""
-        if not self.config.loss_chunk_tokens:
+        chunk = self.config.loss_chunk_tokens
+        if not chunk or tokens_BxL.size // batch_shards() <= chunk:
             return token_losses(self(tokens_BxL, probe, metric=metric, dropout_keys_B=dropout_keys_B), targets_BxL)
         h_BxLxD, carrier_BxLxD, _ = self._hidden(tokens_BxL, probe, no_tap, metric, dropout_keys_B)
         name = "embedding" if self.config.tied_embeddings else "unembedding"
@@ -119,7 +120,7 @@ class Transformer(nnx.Module):
             None if w is None else w.T if self.config.tied_embeddings else w for w in (value_of(self, name), value_of(metric, name))
         )
         tied = None if carrier_BxLxD is None else (tokens_BxL, carrier_BxLxD)
-        of_sizes = {"chunk": self.config.loss_chunk_tokens, "shards": batch_shards()}
+        of_sizes = {"chunk": chunk, "shards": batch_shards()}
         return readout_losses(h_BxLxD, w_DxV, targets_BxL, self._read_out_probe(probe), metric_DxV, tied, **of_sizes)
 
     def extend(self, tokens_BxL: Array, cache: Cache) -> tuple[Array, Cache]:
