@@ -6,7 +6,9 @@ sequence of every shard, so that each sequence's contribution to the gradient of
 norm is there to take, as in `per_example`.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
 
 def _is_target(logits_BxLxV: Array, targets_BxL: Array) -> Array:
     """A mask and not a gather: the vocabulary may lie across devices."""
-    return targets_BxL[..., None] == jnp.arange(logits_BxLxV.shape[-1])[None, None]
+    vocab_V = jnp.arange(logits_BxLxV.shape[-1])
+    return targets_BxL[..., None] == jnp.expand_dims(vocab_V, tuple(range(targets_BxL.ndim)))
 
 
 def readout_losses(
@@ -70,16 +73,24 @@ def _whole(x_NxCxSxP: Array, shape: tuple[int, ...]) -> Array:
     return jnp.moveaxis(x_NxCxSxP, 2, 0).reshape(shape)
 
 
-def _logits(h_SxPxD: Array, w_DxV: Array) -> Array:
-    return jnp.einsum("spd,dv->spv", h_SxPxD, w_DxV.astype(h_SxPxD.dtype), preferred_element_type=jnp.float32)
+def _over_shards(function: Callable[..., Any], shards: int) -> Callable[..., Any]:
+    """`function` of one shard's arrays for arrays with a leading axis, the shards. XLA's CPU backend is slow at an axis of length 1."""
+    if shards > 1:
+        return jax.vmap(function)
+    return lambda *args: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], args)))
+
+
+def _logits(h_PxD: Array, w_DxV: Array) -> Array:
+    return jnp.matmul(h_PxD, w_DxV, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _losses(piece, shards, probed, h_BxLxD, w_DxV, targets_BxL, probe_B, metric_DxV, tied):
     h, targets = (_slices(x, piece, shards) for x in (h_BxLxD, targets_BxL))
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (h, targets))
-    losses = jax.lax.map(lambda piece: token_losses(_logits(piece[0], w_DxV), piece[1]), flat)
-    return _whole(losses.reshape(*targets.shape), targets_BxL.shape)
+    w_DxV = w_DxV.astype(h_BxLxD.dtype)
+    one = _over_shards(lambda h_PxD, targets_P: token_losses(_logits(h_PxD, w_DxV), targets_P), shards)
+    return _whole(jax.lax.map(lambda slice: one(*slice), flat).reshape(targets.shape), targets_BxL.shape)
 
 
 def _losses_fwd(piece, shards, probed, h_BxLxD, w_DxV, targets_BxL, probe_B, metric_DxV, tied):
@@ -92,28 +103,31 @@ def _losses_bwd(piece, shards, probed, residuals, dlosses_BxL):
     h_BxLxD, w_DxV, targets_BxL, metric_DxV, tokens_BxL = residuals
     inputs = tuple(_slices(x, piece, shards) for x in (h_BxLxD, targets_BxL, dlosses_BxL))
     tokens_NxSxL = None if tokens_BxL is None else _by_shard(tokens_BxL, shards)
+    cast_DxV = w_DxV.astype(h_BxLxD.dtype)
     zeros_SxDxV = jnp.zeros((shards, *w_DxV.shape), jnp.float32)
 
-    def sequence(total_SxDxV, xs):
-        tokens_SxL = xs[1]
-        zeros_SxLxD = None if tokens_SxL is None else jnp.zeros((*tokens_SxL.shape, h_BxLxD.shape[2]), jnp.float32)
+    def backward(product_DxV, u_LxD, h_PxD, targets_P, dlosses_P, tokens_L):
+        """One slice: what it adds to the gradient of W and, of a tied pair, to u; and its dh."""
+        logits_PxV = _logits(h_PxD, cast_DxV)
+        dlogits_PxV = jax.nn.softmax(logits_PxV) - _is_target(logits_PxV, targets_P).astype(jnp.float32)
+        dlogits_PxV = (dlogits_PxV * dlosses_P[:, None]).astype(h_PxD.dtype)
+        product_DxV += jnp.matmul(h_PxD.T, dlogits_PxV, preferred_element_type=jnp.float32)
+        if tokens_L is not None:
+            u_LxD += jnp.matmul(dlogits_PxV[:, tokens_L].T, h_PxD, preferred_element_type=jnp.float32)
+        return product_DxV, u_LxD, jnp.matmul(dlogits_PxV, cast_DxV.T)
 
-        def add(sums, xs):
-            (product_SxDxV, u_SxLxD), (h_SxPxD, targets_SxP, dlosses_SxP) = sums, xs
-            logits_SxPxV = _logits(h_SxPxD, w_DxV)
-            dlogits_SxPxV = jax.nn.softmax(logits_SxPxV) - _is_target(logits_SxPxV, targets_SxP).astype(jnp.float32)
-            dlogits_SxPxV = (dlogits_SxPxV * dlosses_SxP[..., None]).astype(h_SxPxD.dtype)
-            dh_SxPxD = jnp.einsum("spv,dv->spd", dlogits_SxPxV, w_DxV.astype(h_SxPxD.dtype))
-            product_SxDxV += jnp.einsum("spd,spv->sdv", h_SxPxD, dlogits_SxPxV, preferred_element_type=jnp.float32)
-            if tokens_SxL is not None:
-                read_SxPxL = jnp.take_along_axis(dlogits_SxPxV, tokens_SxL[:, None, :], axis=2)
-                u_SxLxD += jnp.einsum("spl,spd->sld", read_SxPxL, h_SxPxD, preferred_element_type=jnp.float32)
+    def sequence(total_SxDxV, xs):
+        slices, tokens_SxL = xs
+        u_SxLxD = None if tokens_SxL is None else jnp.zeros((*tokens_SxL.shape, h_BxLxD.shape[2]), jnp.float32)
+
+        def add(sums, slice):
+            product_SxDxV, u_SxLxD, dh_SxPxD = _over_shards(backward, shards)(*sums, *slice, tokens_SxL)
             return (product_SxDxV, u_SxLxD), dh_SxPxD
 
         if not probed:  # all sequences in one sum
-            (total_SxDxV, _), dh = jax.lax.scan(add, (total_SxDxV, None), xs[0])
+            (total_SxDxV, _), dh = jax.lax.scan(add, (total_SxDxV, None), slices)
             return total_SxDxV, (dh, None, None)
-        (product_SxDxV, u_SxLxD), dh = jax.lax.scan(add, (zeros_SxDxV, zeros_SxLxD), xs[0])
+        (product_SxDxV, u_SxLxD), dh = jax.lax.scan(add, (zeros_SxDxV, u_SxLxD), slices)
         return total_SxDxV + product_SxDxV, (dh, u_SxLxD, jax.vmap(_squares, in_axes=(0, None))(product_SxDxV, metric_DxV))
 
     total_SxDxV, (dh, u_NxSxLxD, sq_norms_NxS) = jax.lax.scan(sequence, zeros_SxDxV, (inputs, tokens_NxSxL))
