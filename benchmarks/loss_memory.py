@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--chunks", default="0,2048,256", help="tokens whose logits are held; 0 is all")
+    parser.add_argument("--chunks", default="0,512,64", help="tokens whose logits are held; 0 is all")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # chunk:measure, in a process of its own
     args = parser.parse_args()
     if args.row:

@@ -15,7 +15,7 @@ Not theirs: RMSNorm for LayerNorm; a readout of its own; Adam also above 1B para
 and clipping are common choices, for the paper does not say. Early stopping is the reader's: the held-out loss is in the records.
 
 Memory: a batch of 512 sequences wants many devices, or config.train.accumulation and config.model.remat=full. The loss holds the logits of
-4,096 tokens of each device at a time; all would be 105 GB.
+1,024 tokens of each device at a time; all would be 105 GB.
 
 Cost: 6·N·1.3e11 FLOPs, 6.7e19 (0.8 PF-days) at 768x12. Expect about 3.2 nats per token there on WebText2, from L(N) = (8.8e13/N)^0.076.
 """
@@ -56,6 +56,9 @@ def get_config(argument: str = "768x12"):
 
 
 def recipe(width: int, depth: int):
+    lr = learning_rate(12 * depth * width**2)
+    if lr <= 0:
+        raise UserError(f"size is {width}x{depth}: the paper's rule gives no learning rate beyond about 1e10 parameters")
     config = default_config()
     config.model.width = width
     config.model.depth = depth
@@ -65,10 +68,10 @@ def recipe(width: int, depth: int):
     config.model.positions = "learned"
     config.model.biases = True
     config.model.norm_gains = True
-    config.model.loss_chunk_tokens = 4096
+    config.model.loss_chunk_tokens = 1024
     config.parametrization.name = "standard"
     config.parametrization.embedding_std = 0.02
-    config.optimizer.lr = learning_rate(12 * depth * width**2)
+    config.optimizer.lr = lr
     config.optimizer.b2 = 0.999
     config.schedule.name = "cosine"
     config.schedule.warmup_tokens = WARMUP_STEPS * BATCH_TOKENS

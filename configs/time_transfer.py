@@ -51,7 +51,7 @@ def recipe(width: int):
     config.model.tied_embeddings = True
     config.model.biases = True
     config.model.norm_gains = True
-    config.model.loss_chunk_tokens = 4096
+    config.model.loss_chunk_tokens = 1024
     config.parametrization.name = "mup"
     config.parametrization.base_width = 256
     config.parametrization.base_depth = 24

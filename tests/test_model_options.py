@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import small_config
+from plain_transformer import plain_loss
 
 from scaling_jax import Transformer, TransformerConfig, sequence_losses
 from scaling_jax.errors import UserError
@@ -16,6 +17,7 @@ from scaling_jax.model.layers import Dropout, causal_attention
 from scaling_jax.train.step import Trainer, _loss_and_gradient
 
 SEQUENCES, CONTEXT = 6, 12
+DROPOUT = int.from_bytes(b"drop")  # folded into the seed's key
 OPTIONS = {
     "none": {},
     "learned positions": {"positions": "learned"},
@@ -39,7 +41,7 @@ OPTIONS = {
 def trainer_of(fields, accumulation=1):
     config = small_config(model__depth=3, model__width=32, model__context=CONTEXT, model__vocab_size=9)
     config.parametrization.base_width, config.noise_scale.preconditioned = 16, True  # every multiplier differs from 1
-    config.train.accumulation = accumulation
+    config.train.accumulation, config.train.seed = accumulation, 5
     for name, value in fields.items():
         config.model[name] = value
     return Trainer(config)
@@ -61,23 +63,25 @@ def perturbed(trainer):
 
 @pytest.mark.parametrize("fields", OPTIONS.values(), ids=OPTIONS)
 def test_norms_of_every_option_equal_brute_force(fields, quick_compilation):
-    """vmap(grad) of the layers that know no probe, by kind and block, plainly and in a metric."""
+    """vmap(grad) of the plain transformer, by kind and block, plainly and in a metric; and of the loss, measured and not."""
     trainer = trainer_of(fields)
     params = perturbed(trainer)
     metric = jax.tree.map(lambda p: np.float32(np.random.default_rng(2).exponential(size=p.shape)), params)
     first_sequence = 100
-    key = jax.random.fold_in(jax.random.key(trainer.config.train.seed), 1)
+    key = jax.random.fold_in(jax.random.key(5), DROPOUT)
     keys_B = [jax.random.fold_in(key, first_sequence + b) for b in range(SEQUENCES)]
+    model = nnx.merge(trainer.graph, params)
+    multipliers = model.blocks.attention_scale, model.blocks.residual_multiplier, model.logit_multiplier
 
     def loss(params, tokens_L, key):
-        model = nnx.merge(trainer.graph, params)
-        logits_LxV = model(tokens_L[None, :-1], dropout_keys_B=key[None] if "dropout" in fields else None)[0]
-        return -jnp.mean(jax.nn.log_softmax(logits_LxV)[jnp.arange(CONTEXT), tokens_L[1:]])
+        arrays = {path[-1]: param[...] for path, param in nnx.to_flat_state(params)}
+        return plain_loss(arrays, multipliers, trainer.config.model, tokens_L, key if "dropout" in fields else None)
 
     losses_B, grads_B = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0, 0)))(params, tokens_BxL(), jnp.stack(keys_B))
     function = jax.jit(lambda *args: _loss_and_gradient(trainer, *args, True, first_sequence))
     found_loss, grads, sq_norms_BxGxM = function(params, metric, tokens_BxL()[None])
     assert float(found_loss) == pytest.approx(float(losses_B.mean()), rel=1e-6)
+    unmeasured = jax.jit(lambda *args: _loss_and_gradient(trainer, *args, False, first_sequence))(params, None, tokens_BxL()[None])[1]
     tied, shared = trainer.config.model.tied_embeddings, trainer.config.model.shared_depth
     expected = {group: np.zeros((SEQUENCES, 2)) for group in trainer.meter.groups}
     for path, grad in nnx.to_flat_state(grads_B):
@@ -91,8 +95,11 @@ def test_norms_of_every_option_equal_brute_force(fields, quick_compilation):
             part_B, of = (square_B, weight) if block is None else (square_B[:, block], weight[block])
             expected[kind, block] += np.stack([(w[None] * part_B).reshape(SEQUENCES, -1).sum(1) for w in (np.ones_like(of), of)], 1)
         wanted = np.asarray(grad[...], np.float64).mean(0)
-        got = np.asarray(dict(nnx.to_flat_state(grads))[path][...], np.float64)
-        assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted), path
+        # A bias of keys moves all logits of a query alike, to no effect, where nothing turns the keys: its gradient is rounding.
+        size = np.linalg.norm(wanted) if path[-1] != "key_bias" else 1.0
+        for found in (grads, unmeasured):
+            got = np.asarray(dict(nnx.to_flat_state(found))[path][...], np.float64)
+            assert np.linalg.norm(got - wanted) <= 1e-5 * size, path
     for g, group in enumerate(trainer.meter.groups):
         np.testing.assert_allclose(sq_norms_BxGxM[:, g], expected[group], rtol=1e-5, err_msg=str(group))
 
@@ -256,3 +263,9 @@ def test_norm_over_heads_is_of_each_head():
 def test_impossible_options_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         model_of(**fields)
+
+
+def test_evaluation_drops_nothing(quick_compilation):
+    dropping, plain = trainer_of({"dropout": 0.5}), trainer_of({})
+    params = perturbed(plain)
+    np.testing.assert_array_equal(dropping.eval(params, tokens_BxL()), plain.eval(params, tokens_BxL()))

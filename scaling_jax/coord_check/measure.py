@@ -119,7 +119,9 @@ def _observe(trainer: Trainer, state: TrainState, start: nnx.State, tokens_1xBxL
         change_BxLxV
     )
     if {"q", "k", "attention logits"} <= now.keys():
-        products = _mean_abs(jnp.tril(jnp.einsum("nbhlk,nbhmk->nbhlm", now["q"], now["k"])))
+        q_NxBxHxLxK, k_NxBxGxLxK = now["q"], now["k"]
+        k_NxBxHxLxK = jnp.repeat(k_NxBxGxLxK, q_NxBxHxLxK.shape[2] // k_NxBxGxLxK.shape[2], axis=2)
+        products = _mean_abs(jnp.tril(jnp.einsum("nbhlk,nbhmk->nbhlm", q_NxBxHxLxK, k_NxBxHxLxK)))
         values[ACTIVATION, "attention scale", ""] = jnp.where(products > 0, values[ACTIVATION, "attention logits", ""] / products, 0.0)
     change = jax.tree.map(jnp.subtract, after.params, state.params)
     for of, dw in _by_parameter(change).items():

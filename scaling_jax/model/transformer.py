@@ -110,9 +110,9 @@ class Transformer(nnx.Module):
         metric: "Transformer | None" = None,
         dropout_keys_B: Array | None = None,
     ) -> Array:
-        """Cross-entropy of every target in nats [B, L]; with config.loss_chunk_tokens no more logits than of so many tokens are held."""
+        """Cross-entropy of every target in nats [B, L]; with config.loss_chunk_tokens only the logits of so many tokens are held."""
         chunk = self.config.loss_chunk_tokens
-        if not chunk or tokens_BxL.size // batch_shards() <= chunk:
+        if not chunk or tokens_BxL.size // batch_shards() <= chunk or tokens_BxL.shape[0] % batch_shards():
             return token_losses(self(tokens_BxL, probe, metric=metric, dropout_keys_B=dropout_keys_B), targets_BxL)
         h_BxLxD, carrier_BxLxD, _ = self._hidden(tokens_BxL, probe, no_tap, metric, dropout_keys_B)
         name = "embedding" if self.config.tied_embeddings else "unembedding"
@@ -170,7 +170,9 @@ class Transformer(nnx.Module):
                 for table in (value_of(self, "position_embedding"), value_of(metric, "position_embedding"))
             )
             of_BxLxD = at_LxD[None] if probe is None else per_sequence(at_LxD, probe_B, metric_LxD)
-            x_BxLxD = x_BxLxD + jnp.broadcast_to(constrain(of_BxLxD.astype(dtype), "batch", "length", "residual"), x_BxLxD.shape)
+            if probe is None:
+                of_BxLxD = constrain(of_BxLxD, None, "length", "residual")
+            x_BxLxD += constrain(jnp.broadcast_to(of_BxLxD.astype(dtype), x_BxLxD.shape), "batch", "length", "residual")
         return x_BxLxD, carrier_BxLxD
 
     def _through_blocks(

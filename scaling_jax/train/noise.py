@@ -66,10 +66,11 @@ class NoiseMeter:
         weights = dict(nnx.to_flat_state(metric)) if metric is not None else {}
         for path, grad in nnx.to_flat_state(grads):
             kind = parameter_kind(path, self.tied)
-            grad_NxI = grad[...].reshape(self.blocks[kind] or 1, -1)
-            other_NxI = grad_NxI if metric is None else weights[path][...].astype(jnp.float32).reshape(grad_NxI.shape) * grad_NxI
+            grad_N = grad[...] if self.blocks[kind] else grad[...][None]  # not flattened: that would gather what is sharded
+            other_N = grad_N if metric is None else weights[path][...].astype(jnp.float32).reshape(grad_N.shape) * grad_N
             # Products, not squares: those are in the norm that clips already, and XLA's CPU backend would write them down for both.
-            sums[kind] += jnp.einsum("ni,ni->n", grad_NxI, other_NxI, precision=jax.lax.Precision.HIGHEST)
+            axes = "nabcdefgh"[: grad_N.ndim]
+            sums[kind] += jnp.einsum(f"{axes},{axes}->n", grad_N, other_N, precision=jax.lax.Precision.HIGHEST)
         return jnp.concatenate(list(sums.values()))
 
     def update(

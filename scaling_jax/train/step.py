@@ -25,6 +25,8 @@ from scaling_jax.parametrization import Parametrization
 from scaling_jax.train.batch_size import microbatches
 from scaling_jax.train.noise import Measured, NoiseMeter
 
+_DROPOUT = int.from_bytes(b"drop")  # folded into the seed's key; initial parameters fold in 0, 1, …
+
 
 class TrainState(NamedTuple):
     """All that a run is between two steps."""
@@ -197,7 +199,7 @@ def _dropout_keys(config: ConfigDict, first_sequence: Array | int, count: int) -
     """A key for each sequence of the run, by its number: the same whatever the batch, the microbatches and the mesh."""
     if not config.model.dropout:
         return None
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    key = jax.random.fold_in(jax.random.key(config.train.seed), _DROPOUT)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(first_sequence + jnp.arange(count))
 
 

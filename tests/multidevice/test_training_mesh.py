@@ -1,6 +1,7 @@
 """A run's values do not depend on the mesh: initial parameters, the course of 20 steps, checkpoints, a run resumed elsewhere."""
 
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -219,3 +220,14 @@ def test_a_run_moves_to_another_mesh(tokens_dir: Path, tmp_path: Path, capsys: p
     assert [step for step, _ in losses] == list(range(1, steps + 1))
     np.testing.assert_allclose(losses, whole_losses, rtol=1e-5)
     assert records[: steps // 2] == whole_records[: steps // 2]
+
+
+@pytest.mark.parametrize("name", ["fsdp8", "tensor4-fsdp2"])
+def test_measuring_gathers_no_gradient(name: str):
+    """Squares of a gradient are summed where they lie: what is gathered for a step is gathered without measuring too."""
+
+    def gathered(measure: bool) -> set[str]:
+        text = trainer_of(name).lower_step(SEQUENCES, measure).compile().as_text()
+        return {match[1] for match in re.finditer(r"= (\S+) all-gather\(.*of_gradient|= (\S+) all-gather\(.*pure_step\)/reshape", text)}
+
+    assert gathered(True) <= gathered(False)
