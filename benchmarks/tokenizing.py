@@ -1,6 +1,6 @@
 """How fast text becomes tokens of a byte-level BPE of 1,024, and how much memory that takes for a large document and many small ones.
 
-python benchmarks/tokenize.py --megabytes=1000
+python benchmarks/tokenizing.py --megabytes=1000
 """
 
 import argparse

@@ -5,6 +5,7 @@ and nothing half-written; 128 + n stopped by signal n, saved.
 """
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         values = _parse(name, rest)
-        return VERBS[name].run(values) if values is not None else 0
+        code = VERBS[name].run(values) if values is not None else 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"scaling-jax {name}: {error}", file=sys.stderr)
         return 2
@@ -45,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # verbs name the files that they cannot write; this is a table or a text
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"scaling-jax {name}: cannot write: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _overview() -> str:

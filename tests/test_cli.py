@@ -749,3 +749,12 @@ def test_parametrization_has_a_row_for_every_parameter(config_file: Path, capsys
     table, _, notes = out.partition("\n\n")
     assert sorted(line.split()[0] for line in table.splitlines()[1:]) == sorted(names) and len(names) > 5
     assert f"parametrization {name}" in notes
+
+
+def test_an_output_that_cannot_be_written_is_said(config_file: Path):
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("there is no /dev/full")
+    command = [sys.executable, "-m", "scaling_jax", "parametrization", f"--config={config_file}"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "scaling-jax parametrization: cannot write: No space left on device\n"

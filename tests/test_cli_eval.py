@@ -1,9 +1,12 @@
 """`scaling-jax eval` as its users meet it: what it prints and writes, and that it leaves the run alone."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import small_config
@@ -12,7 +15,9 @@ from scaling_jax.cli import main
 from scaling_jax.data.corpus import open_run_data
 from scaling_jax.data.shard_writer import ShardWriter
 from scaling_jax.data.tokenizers import ByteTokenizer
+from scaling_jax.train.checkpoint import Checkpoints
 from scaling_jax.train.loop import train
+from scaling_jax.train.opened import open_run
 
 B = 128
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -113,6 +118,35 @@ def test_an_interrupted_evaluation_keeps_the_domains_that_are_done(copy, monkeyp
     assert list(json.loads((copy / "evaluations" / f"{6 * B}.json").read_text())["domains"]) == ["heldout"]
 
 
+def test_a_full_disk_is_named_where_it_is(copy, tmp_path, monkeypatch, capsys):
+    from scaling_jax.report import evaluation
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as of a write, without a name
+
+    out = tmp_path / "of.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_json", full)
+        assert main(["eval", f"--run={copy}", f"--out={out}"]) == 2
+    assert f"scaling-jax eval: {out}: no space left on the disk; --out=FILE.json can" in capsys.readouterr().err
+    assert not list(tmp_path.glob("of*"))
+    monkeypatch.setattr(evaluation, "save_figure", lambda path, *_: (path.write_bytes(b"half of it"), full()))
+    assert main(["eval", f"--run={copy}", f"--out={out}"]) == 2
+    assert f"{out.with_suffix('.png')}: no space left on the disk; the losses are in {out}; --out=FILE" in capsys.readouterr().err
+    assert list(tmp_path.glob("of*")) == [out]
+
+
+def test_a_run_that_had_diverged_is_told(copy, capsys):
+    with Checkpoints(copy, 9) as checkpoints:
+        checkpoints.save(7 * B, {"params": jax.tree.map(lambda x: x * jnp.nan, open_run(copy).params)})
+    capsys.readouterr()
+    assert main(["eval", f"--run={copy}"]) == 1
+    out, err = capsys.readouterr()
+    assert "the loss is not finite on heldout, letters: the run had diverged; --at_tokens" in err
+    assert out.splitlines()[1].split()[3:] == 4 * ["-"]
+    assert json.loads((copy / "evaluations" / f"{7 * B}.json").read_text())["domains"]["heldout"]["loss"] is None
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -124,11 +158,12 @@ def test_an_interrupted_evaluation_keeps_the_domains_that_are_done(copy, monkeyp
         (["--eval_tokens=-1"], ["--eval_tokens=-1: must be 0"]),
         (["--data=nowhere"], ["--data=nowhere: must be 'sotu', or a directory of tokens"]),
         (["--data=a="], ["--data=a=: must be"]),
+        (["--data="], ["--data=: must be 'sotu', or a directory of tokens"]),
         (["--data=sotu,sotu"], ["--data=sotu: there is already a domain 'sotu'"]),
         (["--data={short}"], ["short: 16 tokens; a sequence needs 17, config.model.context 16"]),
         (["--data={foreign}"], ["foreign: made with tokenizer words.json (abcabcabcabc)", "the training data of --run=", "is bytes ("]),
         (["--out=here.txt"], ["--out=here.txt: must be the name of a .json file"]),
-        (["--out={short}/index.json/x.json"], ["short/index.json", "cannot be read or written", "--out=FILE.json"]),
+        (["--out={short}/index.json/x.json"], ["short/index.json", "cannot be written", "--out=FILE.json"]),
         (["--dta=x"], ["--dta: no such flag (did you mean --data?)"]),
     ],
 )

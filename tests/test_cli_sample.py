@@ -3,19 +3,24 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from scaling_jax.cli import main
 from scaling_jax.data.tokenizers import ByteTokenizer
 from scaling_jax.interop.opening import open_model
+from scaling_jax.train.checkpoint import Checkpoints
+from scaling_jax.train.opened import open_run
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -141,6 +146,8 @@ def test_the_header_says_what_the_run_was(run, tmp_path):
         ("sample", ["--run=RUN", "--prompt=a", "--params=x", "--at_tokens=3200"], "--at_tokens=3200: names a checkpoint, but"),
         ("sample", ["--run=RUN", "--prompt=a", "--params=absent.safetensors"], "absent.safetensors: cannot be read: no such file"),
         ("sample", ["--run=RUN", "--prompt=a", "--at_tokens=7"], "--at_tokens=7: "),
+        ("sample", ["--run=RUN", "--prompt=a", "--params="], "--params=: must be a safetensors file"),
+        ("sample", ["--run=RUN", "--prompt=a", "--tokenizer="], "--tokenizer=: must be 'bytes', a tokenizer.json"),
         ("sample", ["--run=absent", "--prompt=a"], "--run=absent: no such directory"),
         ("sample", ["--run=RUN", "--prompt=a", "--tokenizer=absent.json"], "--tokenizer: absent.json: cannot be read"),
         ("export", ["--out=x.safetensors"], "--run=DIR is missing"),
@@ -156,6 +163,78 @@ def test_bad_input_is_one_message(run, capsys, monkeypatch, tmp_path, verb, args
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"scaling-jax {verb}: ") and words in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def moved_run(run, to, **fields):
+    to.mkdir()
+    (to / "checkpoints").symlink_to(run / "checkpoints")
+    stored = json.loads((run / "config.json").read_text())
+    for section, changed in fields.items():
+        stored["config"][section] |= changed
+    (to / "config.json").write_text(json.dumps(stored))
+    return to
+
+
+def test_it_computes_in_float32(run, capsys, tmp_path):
+    moved, file = moved_run(run, tmp_path / "run", model={"compute_dtype": "bfloat16"}), tmp_path / "m.safetensors"
+    assert main(["export", f"--run={moved}", f"--out={file}"]) == 0
+    for params in (None, file):
+        assert open_model(moved, params=params).config.compute_dtype == "float32"
+    assert sampled(capsys, moved) == sampled(capsys, run)
+
+
+def test_parameters_that_are_not_finite_are_named(run, capsys, tmp_path):
+    def spoilt(path, param):
+        return param.replace(param.get_value().at[..., 1].set(jnp.inf)) if path[-1] in ("key", "unembedding") else param
+
+    moved = Path(shutil.copytree(run, tmp_path / "run"))
+    with Checkpoints(moved, 9) as checkpoints:
+        checkpoints.save(12864, {"params": nnx.map_state(spoilt, open_run(run).params)})
+    for verb, flag in (("sample", "--prompt=a"), ("export", f"--out={tmp_path / 'm.safetensors'}")):
+        assert main([verb, f"--run={moved}", flag]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and f"{moved}/checkpoints/12864: not finite: blocks.key, unembedding; the parameters are spoilt" in err
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_where_no_text_can_be_written(run, capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["sample", f"--run={run}", "--prompt=a", "--tokens=3"]) == 2
+    assert capsys.readouterr().err == "scaling-jax sample: the text cannot be written: No space left on device\n"
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+
+class Importing:  # as NumPy's C modules, which make an ImportError of it
+    def find_spec(self, name, *_):
+        if name == sys.argv[2]:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except KeyboardInterrupt:
+                raise ImportError("half of it")
+
+sys.meta_path.insert(0, Importing())
+from scaling_jax.cli import main
+sys.exit(main([sys.argv[1], "--run=" + sys.argv[3], *sys.argv[4:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "module", "flags"),
+    [
+        ("eval", "jax", []),
+        ("sample", "scaling_jax.train.opened", ["--prompt=a"]),
+        ("export", "scaling_jax.interop.weights_file", ["--out=x.safetensors"]),
+    ],
+)
+def test_ctrl_c_amid_the_imports_is_one_line(run, tmp_path, verb, module, flags):
+    command = [sys.executable, "-c", INTERRUPTED, verb, module, str(run), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"scaling-jax {verb}: interrupted\n")
 
 
 def save_tokenizer(path, tokens):
@@ -177,12 +256,7 @@ def test_a_tokenizer_that_is_not_the_runs(run, capsys, tmp_path):
 
 
 def test_a_missing_tokenizer_file_is_named_with_its_field(run, capsys, tmp_path):
-    moved = tmp_path / "run"
-    moved.mkdir()
-    (moved / "checkpoints").symlink_to(run / "checkpoints")
-    stored = json.loads((run / "config.json").read_text())
-    stored["config"]["data"] |= {"tokenizer": "gone.json", "path": "gone"}
-    (moved / "config.json").write_text(json.dumps(stored))
+    moved = moved_run(run, tmp_path / "run", data={"tokenizer": "gone.json", "path": "gone"})
     assert main(["sample", f"--run={moved}", "--prompt=a"]) == 2
     err = capsys.readouterr().err
     assert f"--run={moved}: its config.data.tokenizer: gone.json: cannot be read" in err and "--tokenizer=FILE says where it is now" in err

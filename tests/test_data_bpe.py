@@ -5,8 +5,10 @@ import json
 import pickle
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,10 +77,20 @@ def plain(tokenizer, text):
 
 
 def test_word_by_word_is_exact(trained, monkeypatch):
-    monkeypatch.setattr(bpe, "_CACHE_BYTES", 1 << 16)  # so that it is emptied now and then
+    monkeypatch.setattr(bpe, "CACHE_BYTES", 1 << 16)  # so that it is emptied now and then
     tokenizer = pickle.loads(pickle.dumps(trained))
     for text in [PROSE, *random_texts(800)]:
         assert tokenizer.encode(text).tolist() == plain(trained, text), repr(text)
+
+
+def test_the_memory_for_words_is_bounded(trained):
+    tokenizer = pickle.loads(pickle.dumps(trained))
+    tokenizer.limit_cache(100_000)
+    held = 0
+    for n in range(30):
+        tokenizer.encode(" ".join(f"{n}-{i}" for i in range(100)))
+        held = max(held, len(tokenizer._words._cache))
+    assert 300 < held < 600  # 256 bytes for each, and one call's more
 
 
 def test_every_character_is_taken_for_space_as_the_tokenizer_does(trained):
@@ -109,6 +121,8 @@ def test_decoding_gives_back_every_text(request, which):
         tokens = tokenizer.encode(text)
         assert tokenizer.decode(tokens) == text
         assert tokenizer.end_token not in tokens
+        assert tokenizer.bytes_V[tokens].sum() == len(text.encode())
+    assert tokenizer.bytes_V[tokenizer.end_token] == 0 and tokenizer.bytes_V.shape == (tokenizer.vocab_size,)
 
 
 def test_gpt2_has_the_published_sizes_and_ids(gpt2):
@@ -206,7 +220,7 @@ def altered(trained, **parts):
 def test_tokenizers_that_change_the_text_are_not_lossless(trained, tmp_path, parts):
     (tmp_path / "t.json").write_text(json.dumps(altered(trained, **parts)))
     tokenizer = FileTokenizer(tmp_path / "t.json")
-    assert not tokenizer.lossless
+    assert not tokenizer.lossless and tokenizer.bytes_V is None
     assert tokenizer.encode(PROSE).tolist() == plain(tokenizer, PROSE)
     assert any(tokenizer.decode(tokenizer.encode(text)) != text for text in ("Ae\u0301x", PROSE))
 
@@ -232,7 +246,7 @@ def test_a_token_that_is_taken_out_of_the_text_makes_it_lossy(trained, tmp_path)
     text = "the   union of states"
     assert 540 in plain(tokenizer, text)  # across words
     assert tokenizer.encode(text).tolist() == plain(tokenizer, text)
-    assert not tokenizer.lossless
+    assert not tokenizer.lossless and tokenizer.bytes_V is None
 
 
 def test_training_learns_the_commonest_pairs_and_knows_every_byte(tmp_path):
@@ -264,6 +278,22 @@ def test_the_same_text_gives_the_same_file_in_another_process(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "in"]
 
 
+def test_ctrl_c_does_not_wait_for_the_merges(tmp_path):
+    (tmp_path / "x.txt").write_text("the text")
+    # Instead of merging, which is over too soon here, a wait that runs no Python and lets no handler of Python's run.
+    wait = "from scaling_jax.data import train_tokenizer; import ctypes; sleep = ctypes.PyDLL(None).sleep\n"
+    wait += "train_tokenizer.train_bpe = lambda pieces, size: [*pieces, sleep(60)]\n"
+    command = ["train-tokenizer", f"--input={tmp_path / 'x.txt'}", f"--out={tmp_path / 't.json'}"]
+    code = f"{wait}import sys; from scaling_jax.cli import main; sys.exit(main({command!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "merging\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == -signal.SIGINT
+    process.stderr.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
 def test_the_commands_of_the_documentation_work(tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
     write_texts(tmp_path / "texts")
@@ -289,6 +319,10 @@ def test_a_sample_is_the_beginning_of_every_file(tmp_path, capsys):
     "args, words",
     [
         (["--vocab_size=256"], "vocab_size is 256: must be at least 257"),
+        (
+            ["--vocab_size=1048577"],
+            "vocab_size is 1048577: must be at least 257, a token for every byte and <|endoftext|>, and at most 1,048,576",
+        ),
         (["--vocab_size=90000"], "tokens only; give more text"),
         (["--max_bytes=0"], "max_bytes is 0"),
         (["--field=body"], "x.jsonl, line 1: no field 'body'"),
@@ -298,6 +332,6 @@ def test_a_sample_is_the_beginning_of_every_file(tmp_path, capsys):
 def test_train_tokenizer_refuses(tmp_path, capsys, args, words):
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "some text here"}))
     assert main(["train-tokenizer", f"--input={tmp_path / 'x.jsonl'}", f"--out={tmp_path / 't.json'}", *args]) == 2
-    err = capsys.readouterr().err
+    err = capsys.readouterr().err.removeprefix("merging\n")
     assert words in err and err.count("\n") == 1 and "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]

@@ -6,7 +6,7 @@ import pytest
 
 from scaling_jax.config import default_config
 from scaling_jax.data import corpus
-from scaling_jax.data.corpus import open_run_data, prepare, sotu_documents, token_bytes
+from scaling_jax.data.corpus import open_run_data, prepare, sotu_documents
 from scaling_jax.data.shard_writer import ShardWriter
 from scaling_jax.data.shards import TokenStream
 from scaling_jax.data.tokenize import tokenize_files
@@ -181,7 +181,7 @@ def test_a_run_on_the_built_in_corpus(built_in, cache):
     assert list(data.domains) == ["heldout"] and data.vocab_size == 256
     assert data.fingerprint == train.index.fingerprint
     heldout = data.domains["heldout"]
-    assert token_bytes(heldout)[heldout.read(0, len(heldout))].sum() == heldout.index.text_bytes
+    assert data.bytes_V[heldout.read(0, len(heldout))].sum() == heldout.index.text_bytes
 
 
 def test_a_run_on_own_data(tmp_path):
@@ -192,7 +192,7 @@ def test_a_run_on_own_data(tmp_path):
     assert list(data.domains) == ["heldout", "more", "again"]
     assert (data.train.sequences_per_epoch, data.train.seed, data.train.context) == (20, 5, 8)
     more = data.domains["more"]
-    assert token_bytes(more)[more.read(0, len(more))].tolist() == [1.0] * 90 + [0.0]
+    assert data.bytes_V[more.read(0, len(more))].tolist() == [1.0] * 90 + [0.0]
     flat = open_run_data(config_for(own / "train"))
     assert flat.domains == {} and flat.fingerprint == data.fingerprint
     assert list(open_run_data(config_for(own / "train", data__eval_domains=(f"heldout={other}",))).domains) == ["heldout"]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 import sys
 import tracemalloc
 
@@ -89,6 +90,21 @@ def test_columns_of_every_kind_of_text_are_read(tmp_path, kind):
         read(tmp_path / "y.parquet")
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x\.parquet: 2 columns are called 'text'"):
+        read(tmp_path / "x.parquet")
+
+
+def test_a_number_of_any_length_is_no_fault(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"n": ' + b"1" * 5000 + b', "text": "a"}')
+    assert read(tmp_path / "x.jsonl") == ["a"]
+
+
 def test_a_byte_order_mark_and_blank_lines_are_no_fault_of_a_jsonl(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\r\n\r\n \n{"text": "b"}')  # and no line end at the end
@@ -102,6 +118,11 @@ BAD_LINES = [
     (b'{"body": "a"}', "no field 'text'; it has 'body'"),
     (b'{"text": null}', "field 'text' is null, must be a string"),
     (b'{"text": 3}', "field 'text' is a number"),
+    (b'{"text": ' + b"3" * 5000 + b"}", "field 'text' is a number"),
+    (
+        json.dumps(dict.fromkeys(["y" * 5000, *"abcdefghijklm"])).encode(),
+        f"no field 'text'; it has '{'y' * 60}…', 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i' and 4 others",
+    ),
     (b'{"text": "ab\xff"}', "not UTF-8 at byte 12 of the line"),
     (b'{"text": "a\\ud800b"}', "field 'text' has half of a surrogate pair at character 1"),
     (b"[" * 100_000, "not JSON"),
@@ -133,6 +154,10 @@ def test_a_bad_row_is_named_and_can_be_skipped(tmp_path, capsys):
     command = ["tokenize", f"--input={tmp_path}", f"--out={tmp_path / 'out'}", "--holdout_every=0"]
     assert main(command) == 2
     assert f"{tmp_path / 'x.parquet'}, row 2: field 'text' is null, must be a string" in capsys.readouterr().err
+    with pytest.raises(UserError, match="row 3: field 'text' is not UTF-8 at byte 1: invalid start byte"):
+        parquet.write_table(pyarrow.table({"text": [b"one", b"two", b"a\xff"]}), tmp_path / "y.parquet")
+        read(tmp_path / "y.parquet")
+    (tmp_path / "y.parquet").unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
     assert main([*command, "--skip_bad"]) == 0
     assert "2 bad lines or rows were left out" in capsys.readouterr().err
@@ -151,6 +176,8 @@ def test_damaged_files_are_refused_even_with_skip_bad(tmp_path, capsys, kind, pa
     damages = [whole[: len(whole) // 2], b"no such thing " * 100, whole[:-1] if packing else b""]
     if not packing:  # half a text is a text
         damages = damages[:2] if kind == ".parquet" else [content[:-5] + b"\xff"] if kind == ".txt" else []
+    if packing:
+        damages.append(b"")
     for damaged in damages:
         path.write_bytes(damaged)
         command = ["tokenize", f"--input={path}", f"--out={tmp_path / 'out'}", "--holdout_every=0", "--skip_bad"]
@@ -159,6 +186,50 @@ def test_damaged_files_are_refused_even_with_skip_bad(tmp_path, capsys, kind, pa
         message = "damaged" if packing or kind == ".parquet" else "not UTF-8 at byte"
         assert err.startswith(f"scaling-jax tokenize: {path}: {message}") and err.count("\n") == 1
         assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("read", [3, 1 << 18])
+def test_xz_streams_may_have_padding_and_nothing_else_between_and_after_them(tmp_path, monkeypatch, read):
+    # The .xz format's version 1.2.1, section 2.2: padding is of zeros, a multiple of four.
+    monkeypatch.setattr(unpack, "READ", read)
+    path = tmp_path / "x.txt.xz"
+    one, two = lzma.compress(b"one " * 999), lzma.compress(b"two")
+    for content in (one + bytes(512), one + two, one + bytes(4) + two, one + bytes(8) + two + bytes(516)):
+        path.write_bytes(content)
+        text = "".join(piece for piece, _ in DocumentReader(path))
+        assert text == "one " * 999 + "two" * (two in content)
+    damaged = bytearray(two)
+    damaged[len(two) // 2] ^= 0xFF
+    for content in (
+        one + bytes(3),
+        one + bytes(5) + two,
+        one + damaged,
+        one + bytes(4) + damaged,
+        one + bytes(4) + b"more",
+        one + two[:-1],
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.txt\.xz: damaged xz: "):
+            read_all = list(DocumentReader(path))
+            assert not read_all
+    path.write_bytes(b"no such thing")
+    with pytest.raises(UserError, match="format not supported"):
+        list(DocumentReader(path))
+
+
+def test_an_xz_that_unpacks_to_much_is_unpacked_bit_by_bit(tmp_path):
+    (tmp_path / "x.txt.xz").write_bytes(lzma.compress(bytes(1 << 26)))
+    assert max(len(chunk) for chunk, _ in unpack.read_chunks(tmp_path / "x.txt.xz")) <= unpack.READ
+
+
+def test_a_zstandard_window_that_is_too_large_is_named(tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    header = stream.compress(b"text") + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # of unknown length, so that the window counts
+    (tmp_path / "x.txt.zst").write_bytes(header)
+    with pytest.raises(UserError, match="its window is larger than 128 MB; pack it again"):
+        read(tmp_path / "x.txt.zst")
 
 
 @pytest.mark.parametrize("module, name", [("zstandard", "x.txt.zst"), ("pyarrow", "x.parquet")])
@@ -198,10 +269,75 @@ def test_inputs_are_files_directories_and_patterns_each_file_once(tmp_path):
     texts = make(tmp_path, {"x/1.txt": "", "x/2.txt": "", "x/y/3.txt.xz": "", "x/4.json": "", "odd[1].txt": ""})
     names = {path: [file.relative_to(tmp_path).as_posix() for file in find_text_files([str(texts / path)])] for path in ("x", "x/*", "**")}
     assert names["x"] == ["x/1.txt", "x/2.txt", "x/y/3.txt.xz"]
-    assert names["x/*"] == ["x/1.txt", "x/2.txt"]
+    assert names["x/*"] == names["x"]  # a folder that a pattern matches is searched too
     assert names["**"] == ["odd[1].txt", *names["x"]]
     assert len(find_text_files([str(texts / "x"), str(texts / "x/1.txt"), str(texts / "x/*.txt")])) == 3
     assert find_text_files([str(texts / "odd[1].txt")]) == [texts / "odd[1].txt"]  # a name before it is a pattern
+
+
+def test_a_file_is_read_once_under_all_its_names(tmp_path, monkeypatch):
+    texts = make(tmp_path / "in", {"b/1.txt": "", "b/deep/2.TXT": "", "c/3.Jsonl.GZ": ""})
+    (texts / "a").symlink_to("b", target_is_directory=True)
+    (texts / "b/deep/up").symlink_to(texts, target_is_directory=True)
+    (texts / "c/4.txt").symlink_to("../b/1.txt")
+    (texts / "nothing.txt").symlink_to("nowhere")
+    monkeypatch.chdir(texts)
+    for inputs in (["."], ["**"], ["*"], ["./c", "../in/**", str(texts)], [str(texts / "b/../b/1.txt"), "**", "b/deep/2.TXT", "c"]):
+        found = find_text_files(inputs)
+        assert [os.path.realpath(file) for file in found] != [] and found == sorted(found)
+        assert sorted(os.path.realpath(file) for file in found) == [
+            str(texts / name) for name in ("b/1.txt", "b/deep/2.TXT", "c/3.Jsonl.GZ")
+        ]
+    assert [str(file) for file in find_text_files(["b/1.txt", "a/1.txt"])] == ["a/1.txt"]
+    (texts / "b/deep/2.TXT").write_text("text")
+    (texts / "c/3.Jsonl.GZ").write_bytes(gzip.compress(b'{"text": "packed"}'))
+    assert read(texts / "b/deep/2.TXT") == ["text"] and read(texts / "c/3.Jsonl.GZ") == ["packed"]
+
+
+@pytest.mark.parametrize("verb", ["tokenize", "train-tokenizer"])
+@pytest.mark.parametrize("names", [",", "x.txt,", " ,x.txt"])
+def test_an_empty_name_is_not_the_current_directory(tmp_path, monkeypatch, capsys, names, verb):
+    make(tmp_path, {"x.txt": "text"})
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, f"--input={names}", "--out=out"]) == 2
+    assert "a name in it is empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+@pytest.mark.parametrize("verb", ["tokenize", "train-tokenizer"])
+def test_a_name_that_is_too_long_is_one_message(tmp_path, capsys, verb):
+    make(tmp_path, {"x.txt": "text " * 500})
+    long = "y" * 250  # with what is added to it
+    assert main([verb, f"--input={tmp_path / ('y' * 300)}", f"--out={tmp_path / 'out'}"]) == 2
+    assert (
+        main(
+            [
+                verb,
+                f"--input={tmp_path / 'x.txt'}",
+                f"--out={tmp_path / long}",
+                "--holdout_every=0" if verb == "tokenize" else "--vocab_size=260",
+            ]
+        )
+        == 2
+    )
+    lines = [line for line in capsys.readouterr().err.splitlines() if line != "merging"]
+    assert len(lines) == 2 and lines[0].endswith("y: cannot be read: File name too long")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    texts = make(tmp_path / "in", {"1.txt": "", "deep/2.txt": ""})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for name in (texts, texts / "deep", texts / "*"):
+        with pytest.raises(UserError, match=r"in/deep: cannot be read: Permission denied"):
+            find_text_files([str(name)])
 
 
 def make(directory, files):

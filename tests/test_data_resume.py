@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from scaling_jax.cli import main
-from scaling_jax.data import bpe, documents, tokenize
+from scaling_jax.data import bpe, documents, encode_pool, tokenize
 from scaling_jax.data.documents import DocumentReader
 from scaling_jax.data.shard_writer import ShardFiles
 from scaling_jax.data.shards import TokenStream
 from scaling_jax.data.tokenize import tokenize_files
 from scaling_jax.data.tokenizers import FileTokenizer
 from scaling_jax.errors import UserError
+from scaling_jax.verbs import tokenize as verb
 
 WORDS = ["the ", "union ", "of ", "states", ", and ", "people.\n", "Größe ", "1 2", "\n\n", "東京"]
 
@@ -206,8 +207,18 @@ def test_bad_lines_are_counted_across_crashes(tmp_path, texts, tokenizer_file):
     make(texts, tmp_path / "out", tokenizer_file, say=said.append, skip_bad=True)
     assert (
         said[-1]
-        == f"8 bad lines or rows were left out, the first: {texts / '4.jsonl'}, line 26: not JSON: " + said[-1].partition("JSON: ")[2]
+        == f"8 bad lines or rows were left out, the first: {texts / '0.jsonl'}, line 26: not JSON: " + said[-1].partition("JSON: ")[2]
     )
+
+
+def test_what_was_left_out_is_not_kept_without_skip_bad(tmp_path, texts, tokenizer_file):
+    with open(texts / "1.jsonl", "a") as file:
+        file.write("bad\n")
+    crashed(texts, tmp_path / "out", tokenizer_file, skip_bad=True)
+    said = []
+    with pytest.raises(UserError, match=r"1\.jsonl, line 26: not JSON"):
+        make(texts, tmp_path / "out", tokenizer_file, say=said.append)
+    assert said == [f"starts again: {tmp_path / '.out.partial'} was made with skip_bad, and left out bad lines or rows"]
 
 
 def test_a_full_disk_keeps_what_was_done(tmp_path, texts, tokenizer_file, capsys, monkeypatch):
@@ -247,6 +258,41 @@ def test_an_encoding_process_that_dies_is_noticed(tmp_path, texts, tokenizer_fil
     with pytest.raises(UserError, match="an encoding process ended with code -9"):
         make(texts, tmp_path / "out", tokenizer_file, workers=2, on_progress=kill_one)
     assert children_of(os.getpid()) == []
+
+
+def test_the_encoding_processes_share_the_memory_for_words(tokenizer_file, monkeypatch):
+    sent = []
+    send = encode_pool._send
+    monkeypatch.setattr(encode_pool, "_send", lambda stream, value: (sent.append(value), send(stream, value)))
+    for workers, cache_bytes in ((2, 1 << 26), (4, 1 << 25)):
+        with encode_pool.EncodePool(FileTokenizer(tokenizer_file), workers):
+            assert [value[1] for value in sent] == [cache_bytes] * workers
+        sent.clear()
+
+
+def test_at_most_eight_processes_encode_by_default(tmp_path, monkeypatch):
+    asked = []
+
+    def tokenize_files(*args, workers, **options):
+        asked.append(workers)
+        raise UserError("enough")
+
+    monkeypatch.setattr(tokenize, "tokenize_files", tokenize_files)
+    for count in (3, 64):
+        monkeypatch.setattr(verb, "cores", lambda count=count: count)
+        for flags in ([], ["--workers=20"]):
+            assert main(["tokenize", "--input=x.txt", f"--out={tmp_path / 'out'}", *flags]) == 2
+    assert asked == [3, 20, 8, 20]
+
+
+def test_modules_in_the_current_directory_do_not_reach_the_encoding_processes(tmp_path, texts, tokenizer_file, monkeypatch):
+    for name in ("queue.py", "tokenize.py", "numpy.py"):
+        (tmp_path / name).write_text("raise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    make(texts, tmp_path / "out", tokenizer_file, workers=2)
+    make(texts, tmp_path / "one", tokenizer_file)
+    assert files(tmp_path / "out") == files(tmp_path / "one")
 
 
 def children_of(pid):
@@ -309,9 +355,28 @@ def test_memory_does_not_grow_with_a_parquet(tmp_path):
     parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "x.parquet", use_dictionary=False, compression="none")
     assert parquet.ParquetFile(tmp_path / "x.parquet").num_row_groups == 1
     del rows
+    assert (tmp_path / "x.parquet").stat().st_size > 30e6
+    assert 0 < highest_allocated(pyarrow, tmp_path / "x.parquet") < 20e6
+
+
+@pytest.mark.parametrize("equal, bound", [(True, 30e6), (False, 10e6)])
+def test_memory_does_not_grow_with_the_rows_of_a_parquet(tmp_path, monkeypatch, equal, bound):
+    # Of equal rows, which are stored once, the file does not tell how much they are: few are taken at once. Of others it does.
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(documents, "_PARQUET_READ", 1 << 22)
+    texts = [np.random.default_rng(n).integers(0x20, 0x7F, 1_000_000, dtype=np.uint8).tobytes().decode() for n in range(1 if equal else 40)]
+    rows = texts * 120 if equal else texts
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "x.parquet", use_dictionary=equal, compression="none")
+    assert ((tmp_path / "x.parquet").stat().st_size < 2e6) == equal
+    del rows, texts
+    assert 0 < highest_allocated(pyarrow, tmp_path / "x.parquet") < bound
+
+
+def highest_allocated(pyarrow, path):
     before = pyarrow.total_allocated_bytes()
     highest = 0
-    for _ in DocumentReader(tmp_path / "x.parquet"):
+    for _ in DocumentReader(path):
         highest = max(highest, pyarrow.total_allocated_bytes() - before)
-    assert (tmp_path / "x.parquet").stat().st_size > 30e6
-    assert 0 < highest < 20e6
+    return highest

@@ -226,6 +226,12 @@ def as_integers(tensors):
     tensors["embedding.weight"] = tensors["embedding.weight"].astype(np.int32)
 
 
+def spoil(tensors):
+    for name, value in (("blocks.1.key.weight", np.nan), ("unembedding.weight", np.inf)):
+        tensors[name] = tensors[name].copy()
+        tensors[name][3, 2] = value
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -233,9 +239,10 @@ def as_integers(tensors):
         (lambda t: t.update({"blocks.2.key.bias": np.zeros(32, np.float32)}), "has a tensor blocks.2.key.bias, which this model has not"),
         (cut_off, "tensor blocks.1.query.weight is [16, 32]: must be [32, 32]"),
         (as_integers, "tensor embedding.weight is of dtype I32: must be F32, BF16 or F16"),
+        (spoil, "tensor blocks.1.key.weight has values that are not finite"),
         (lambda t: [t.pop(f"blocks.1.{name}.weight") for name in ("query", "key", "value", "mlp_in", "mlp_out")], "; and 1 more"),
     ],
-    ids=["missing", "unexpected", "misshapen", "dtype", "many"],
+    ids=["missing", "unexpected", "misshapen", "dtype", "spoilt", "many"],
 )
 def test_a_wrong_tensor_is_named_and_nothing_is_changed(file, change, words):
     rewritten(file, change)
@@ -255,8 +262,9 @@ def test_what_is_no_whole_file(file, content):
         load_safetensors(abstract(), file)
 
 
-def test_no_file_and_a_directory(tmp_path):
-    for path, why in ((tmp_path / "absent", "no such file"), (tmp_path, "is a directory")):
+def test_no_file_and_no_regular_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in ((tmp_path / "absent", "no such file"), (tmp_path, "is a directory"), (tmp_path / "pipe", "is no regular file")):
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}: cannot be read: {why}; must be a safetensors file"):
             load_safetensors(abstract(), path)
 
@@ -275,9 +283,18 @@ def test_a_model_that_would_give_other_logits_with_the_same_tensors_is_refused(f
         load_safetensors(abstract(fields, parametrization), file)
 
 
+ODD = '{"attention_scale": "a", "residual_multiplier": NaN, "logit_multiplier": null}'
+ODD_WORDS = r"no multipliers .*\(attention_scale is 'a', residual_multiplier is nan, logit_multiplier is None: must be numbers\)"
+
+
 @pytest.mark.parametrize(
     ("entries", "words"),
-    [({"scaling_jax": "9"}, "is of version '9'"), ({"config": "{}"}, "no config"), ({"multipliers": "?"}, "no config")],
+    [
+        ({"scaling_jax": "9"}, "is of version '9'"),
+        ({"config": "{}"}, "no config"),
+        ({"multipliers": "?"}, "no config"),
+        ({"multipliers": ODD}, ODD_WORDS),
+    ],
 )
 def test_a_header_that_cannot_be_understood(file, entries, words):
     metadata, tensors = parse(file)

@@ -1,23 +1,23 @@
 """Held-out loss against plain loops over documents, positions and bytes, and against the model called by hand."""
 
-import dataclasses
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from flax import nnx
 from helpers import small_config
 
-from scaling_jax.data.corpus import RunData, open_run_data, token_bytes
+from scaling_jax.data import bpe
+from scaling_jax.data.corpus import RunData, open_run_data
 from scaling_jax.data.shard_writer import ShardWriter
 from scaling_jax.data.shards import TokenStream
-from scaling_jax.data.tokenizers import ByteTokenizer
+from scaling_jax.data.tokenizers import ByteTokenizer, FileTokenizer
 from scaling_jax.model import sequence_losses
 from scaling_jax.train.evaluate import Estimate, Evaluator, HeldOut, evaluate, position_edges
 from scaling_jax.train.step import Trainer
 
 CONTEXT = 12
+BYTES_V = ByteTokenizer.bytes_V
 
 
 class FakeTrainer:
@@ -63,7 +63,7 @@ def ratio(values, weights, documents) -> Estimate:
 @pytest.mark.parametrize("tokens", [0, 30 * CONTEXT])
 def test_losses_and_bits_and_positions_are_those_of_a_loop(stream, tokens):
     """In batches that do not divide the sequences, so that padding would show."""
-    held_out, progress = HeldOut(stream, CONTEXT, tokens), []
+    held_out, progress = HeldOut(stream, CONTEXT, tokens, BYTES_V), []
     found = evaluate(FakeTrainer(), None, held_out, 16, by_position=True, on_progress=progress.append)
     loss, document, has_byte, position = targets(held_out)
     ones = np.ones_like(loss)
@@ -80,10 +80,10 @@ def test_losses_and_bits_and_positions_are_those_of_a_loop(stream, tokens):
 
 def test_the_record_of_a_run_has_losses_and_bits_only(stream):
     config = small_config(model__context=CONTEXT, eval__tokens=0, eval__batch_sequences=7)
-    data = RunData(None, {"a": stream, "b": stream}, 256, "")
+    data = RunData(None, {"a": stream, "b": stream}, 256, "", BYTES_V)
     record = Evaluator(config, data, FakeTrainer())(None)
     assert list(record) == [f"eval/{name}/{key}" for name in "ab" for key in ("loss", "loss_se", "bits_per_byte", "bits_per_byte_se")]
-    found = evaluate(FakeTrainer(), None, HeldOut(stream, CONTEXT, 0), 64)
+    found = evaluate(FakeTrainer(), None, HeldOut(stream, CONTEXT, 0, BYTES_V), 64)
     np.testing.assert_allclose(list(record.values())[:4], [*found.loss, *found.bits_per_byte], rtol=1e-12)
     assert not found.positions and not found.bins
 
@@ -91,7 +91,7 @@ def test_the_record_of_a_run_has_losses_and_bits_only(stream):
 def test_one_document_has_no_error(tmp_path):
     with ShardWriter(tmp_path / "one", ByteTokenizer()) as writer:
         writer.add(np.arange(60, 160), 100)
-    found = evaluate(FakeTrainer(), None, HeldOut(TokenStream(tmp_path / "one"), CONTEXT, 0), 4, by_position=True)
+    found = evaluate(FakeTrainer(), None, HeldOut(TokenStream(tmp_path / "one"), CONTEXT, 0, BYTES_V), 4, by_position=True)
     assert found.documents == 1 and found.loss.value > 0 and found.bits_per_byte.value > 0
     assert {one.loss.se for one in [*found.positions, *found.bins]} | {found.loss.se, found.bits_per_byte.se} == {None}
 
@@ -101,26 +101,31 @@ def test_a_loss_that_is_not_finite_is_told(stream):
         def eval(self, params, tokens_BxL):
             return super().eval(params, tokens_BxL) * np.where(np.arange(len(tokens_BxL)) == 2, np.nan, 1)[:, None]
 
-    found = evaluate(Broken(), None, HeldOut(stream, CONTEXT, 0), 16)
+    found = evaluate(Broken(), None, HeldOut(stream, CONTEXT, 0, BYTES_V), 16)
     assert math.isnan(found.loss.value) and found.loss.se is None and found.bits_per_byte == Estimate(None, None)
 
 
-def test_bytes_of_other_tokenizers(stream):
-    """Of a lossless one the mean of the text; of one that loses text nothing, and then there are no bits."""
-    index = dataclasses.replace(stream.index, text_bytes=3 * stream.index.tokens, tokenizer=stream.index.tokenizer)
-
-    def other(**record):
-        tokenizer = SimpleNamespace(**{"fingerprint": "another", "end_token": 255, "lossless": True} | record)
-        return SimpleNamespace(index=dataclasses.replace(index, tokenizer=tokenizer))
-
-    assert token_bytes(other()).tolist() == [3.0] * 256
-    assert token_bytes(other(lossless=False)) is None
-    held_out = HeldOut(stream, CONTEXT, 0)
-    held_out.bytes_V = token_bytes(other())
+@pytest.mark.parametrize("tokens", [0, 10 * CONTEXT])
+def test_bits_of_a_bpe_count_the_bytes_of_every_token(tmp_path, tokens):
+    """In documents whose tokens are long ones, or single letters: by the places in the text that the package itself says."""
+    prose = "the states of the union and the people of the states "
+    (tmp_path / "tokenizer.json").write_text(bpe.train_bpe([prose * 20], 280))
+    tokenizer, rng, bytes_N = FileTokenizer(tmp_path / "tokenizer.json"), np.random.default_rng(0), []
+    with ShardWriter(tmp_path / "tokens", tokenizer) as writer:
+        for i, words in enumerate(rng.integers(1, 9, 30)):
+            text = prose * words if i % 2 else "".join(rng.choice(list("qzxjvkw"), 5 * words))
+            writer.add(tokenizer.encode(text), len(text))
+            bytes_N += [end - start for start, end in tokenizer._tokenizer.encode(text).offsets] + [0]
+    stream = TokenStream(tmp_path / "tokens")
+    everything, bytes_N = stream.read(0, len(stream)), np.array(bytes_N, float)
+    assert tokenizer.bytes_V[everything].sum() == bytes_N.sum() == stream.index.text_bytes
+    held_out = HeldOut(stream, CONTEXT, tokens, tokenizer.bytes_V)
     found = evaluate(FakeTrainer(), None, held_out, 16)
-    np.testing.assert_allclose(found.bits_per_byte, np.array(found.loss) / math.log(2) / 3, rtol=1e-9)
-    held_out.bytes_V = None
-    assert evaluate(FakeTrainer(), None, held_out, 16).bits_per_byte == Estimate(None, None)
+    place = (held_out.blocks[:, None] * CONTEXT + 1 + np.arange(CONTEXT)).reshape(-1)
+    document = (np.cumsum(everything == tokenizer.end_token) - (everything == tokenizer.end_token))[place]
+    loss = FakeTrainer().eval(None, held_out.read()).astype(np.float64).reshape(-1)
+    np.testing.assert_allclose(found.bits_per_byte, ratio(loss / math.log(2), bytes_N[place], document), rtol=1e-6)
+    assert evaluate(FakeTrainer(), None, HeldOut(stream, CONTEXT, tokens), 16).bits_per_byte == Estimate(None, None)
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 64, 1000, 1024])

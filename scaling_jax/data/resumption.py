@@ -15,12 +15,13 @@ from scaling_jax.data.staging import DATA, RESUME
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where in the input; (0, 0, 0, 0) is its beginning."""
+    """Where in the input; Position() is its beginning."""
 
     file: int = 0  # its number in the sorted list of files
     pieces: int = 0  # of that file, that are done
     documents: int = 0  # before that file
     skipped: int = 0  # bad lines and rows before that file
+    first_fault: str = ""  # what was wrong with the first of them
 
 
 class Checkpoints:
@@ -44,8 +45,8 @@ class Checkpoints:
         self._digest, self._digested = hashlib.sha256(), 0
         self._between: dict[str, Any] | None = None
 
-    def restore(self, writers: Mapping[str, ShardFiles]) -> tuple[Position, str]:
-        """Brings `writers` to the newest state that holds.
+    def restore(self, writers: Mapping[str, ShardFiles], skip_bad: bool = False) -> tuple[Position, str]:
+        """Brings `writers` to the newest state that holds; unless `skip_bad`, to none for which bad lines or rows were left out.
 
         Returns:
           The state's position, and what to tell the user. Without a state: the beginning, with all that lay in DATA deleted.
@@ -64,6 +65,9 @@ class Checkpoints:
         for n, state in enumerate(content["states"]):
             position = Position(**state["position"])
             if state["inputs"] != self._inputs(position):
+                continue
+            if position.skipped and not skip_bad:
+                note = "was made with skip_bad, and left out bad lines or rows"
                 continue
             try:
                 for split, writer in writers.items():

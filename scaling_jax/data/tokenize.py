@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -123,7 +124,7 @@ def tokenize_files(
             if resume:
                 options = [VERSION, PIECE, tokenizer.name, tokenizer.fingerprint, holdout_every, split_documents, field, shard_tokens]
                 checkpoints = Checkpoints(folder.parent, hashlib.sha256(json.dumps(options).encode()).hexdigest(), files)
-                start, note = checkpoints.restore(writers)
+                start, note = checkpoints.restore(writers, skip_bad)
                 if note:
                     say(note)
                 kept = f". {folder.parent} keeps what was done: once that is mended the same command continues; delete it to start again"
@@ -151,7 +152,7 @@ class _Reading:
     def __init__(self, files: Sequence[Path], start: Position, field: str, separator: str, skip_bad: bool, holdout_every: int) -> None:
         self.files = files
         self.documents, self.skipped = start.documents, start.skipped
-        self.first_fault = ""
+        self.first_fault = start.first_fault
         sizes = [file.stat().st_size for file in files]
         self.total_bytes = sum(sizes)
         self._sizes = sizes
@@ -165,7 +166,7 @@ class _Reading:
         read_bytes = self.start_bytes
         for number in range(self.start.file, len(self.files)):
             reader = DocumentReader(self.files[number], *self._options)
-            before = Position(number, 0, self.documents, self.skipped)
+            before = Position(number, 0, self.documents, self.skipped, self.first_fault)
             done = self.start.pieces if number == self.start.file else 0
             split = None  # of the document being read
             for pieces, (text, ends) in enumerate(reader, start=1):
@@ -185,7 +186,7 @@ class _Reading:
             self.first_fault = self.first_fault or reader.first_fault
             read_bytes += self._sizes[number]
             if parts and (held >= BATCH // 8 or number == len(self.files) - 1):
-                yield _Batch(parts, Position(number + 1, 0, self.documents, self.skipped), read_bytes)
+                yield _Batch(parts, Position(number + 1, 0, self.documents, self.skipped, self.first_fault), read_bytes)
                 parts, held = [], 0
 
 
@@ -235,12 +236,11 @@ def _write(
 
 
 def _left_out(reading: _Reading) -> str:
-    first = f", the first: {reading.first_fault}" if reading.first_fault else ""  # an earlier process may have met it
-    return f"; {reading.skipped:,} bad lines or rows were left out{first}" if reading.skipped else ""
+    return f"; {reading.skipped:,} bad lines or rows were left out, the first: {reading.first_fault}" if reading.skipped else ""
 
 
 def _is_kept(out: Path) -> bool:
-    return (partial_of(out) / RESUME).exists()
+    return os.path.exists(partial_of(out) / RESUME)  # false where it cannot be seen, as `out` itself cannot then
 
 
 def _require_holdout(documents: int, holdout_every: int, inputs: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     end_token: int  # follows each document
     fingerprint: str  # sha256 hex; equal exactly when two tokenizers give the same tokens for every text
     lossless: bool  # decode(encode(text)) is text, for every text; only then are bits per byte those of the text
+    bytes_V: np.ndarray | None  # UTF-8 bytes of text that each token stands for, float64 [vocab_size]; None unless lossless
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [tokens], without any special tokens."""
@@ -43,6 +44,7 @@ class ByteTokenizer:
     vocab_size = 256
     end_token = 255
     lossless = True
+    bytes_V = (np.arange(vocab_size) != end_token).astype(np.float64)
     fingerprint = hashlib.sha256(b"scaling_jax tokenizer: UTF-8 bytes, end token 255").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -104,12 +106,25 @@ class FileTokenizer:
         self._words = bpe.WordEncoder(self._tokenizer) if bpe.splits_into_words(parsed) else None
         special = [end, *(token["content"] for token in parsed.get("added_tokens") or [])]
         self.lossless = bpe.is_lossless(parsed) and not any(ids[token] in self.encode(token) for token in special)
+        self.bytes_V = self._count_bytes() if self.lossless else None
+
+    def _count_bytes(self) -> np.ndarray:
+        bytes_V, symbols = np.zeros(self.vocab_size), bpe.byte_symbols()  # added tokens are never those of a text, and stand for none
+        for text, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            if i != self.end_token and symbols.issuperset(text):
+                bytes_V[i] = len(text)  # one symbol a byte
+        return bytes_V
 
     def __getstate__(self) -> tuple[bytes, str, str]:  # what was read, for other processes; not the words that were met
         return self._content, self.name, self._where
 
     def __setstate__(self, state: tuple[bytes, str, str]) -> None:
         self._set_up(*state)
+
+    def limit_cache(self, cache_bytes: int) -> None:
+        """Bounds the memory for words that were met, about, in bytes; the tokens do not depend on it."""
+        if self._words is not None:
+            self._words.cache_bytes = cache_bytes
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, int32 [tokens], without special tokens."""

@@ -1,12 +1,13 @@
 """A byte-level BPE of one's own text files."""
 
+import contextlib
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scaling_jax.data.bpe import SMALLEST, train_bpe
+from scaling_jax.data.bpe import check_vocab_size, train_bpe
 from scaling_jax.data.documents import DocumentReader, find_text_files, kind_of
 from scaling_jax.data.shard_writer import flush_to_disk
 from scaling_jax.data.staging import refuse_existing
@@ -26,28 +27,30 @@ def train_tokenizer(
     out: str | Path,
     vocab_size: int,
     *,
-    max_bytes: int = 1_000_000_000,
+    max_bytes: int = 100_000_000,
     field: str = "text",
     split_documents: str = "",
     skip_bad: bool = False,
     on_progress: Callable[[int], None] | None = None,
+    on_merging: Callable[[bool], None] | None = None,
 ) -> Trained:
     """Writes a tokenizer.json (see `bpe.train_bpe`) of the text in `inputs`; the same text gives the same file.
 
     Args:
       inputs, field, split_documents, skip_bad: as in `tokenize.tokenize_files`.
       out: the file to make; it appears whole or not at all.
-      vocab_size: tokens, at least 257.
+      vocab_size: tokens, 257 to 1,048,576.
       max_bytes: most text to learn from, in UTF-8. Each file gives its beginning, in proportion to its size on the disk.
       on_progress: called with the bytes of text until now.
+      on_merging: called with True when all text is read and merging begins, which takes long and runs no Python, so that a handler
+        of signals waits for its end; with False when it is over, before anything is written.
 
     Raises:
-      UserError: `out` exists or cannot be written, vocab_size or max_bytes is too small, or an input is bad.
+      UserError: `out` exists or cannot be written, vocab_size or max_bytes is out of range, or an input is bad.
     """
     out = Path(out)
     refuse_existing(out)
-    if vocab_size < SMALLEST:  # before a long read
-        raise UserError(f"vocab_size is {vocab_size}: must be at least {SMALLEST}, a token for every byte and the end token")
+    check_vocab_size(vocab_size)  # before a long read
     if max_bytes < 1:
         raise UserError(f"max_bytes is {max_bytes}: must be positive")
     files = find_text_files(inputs)
@@ -72,8 +75,14 @@ def train_tokenizer(
                 if left <= 0:
                     break
             skipped += reader.skipped
+        if on_merging is not None:
+            on_merging(True)
 
-    content = train_bpe(pieces(), vocab_size)
+    try:
+        content = train_bpe(pieces(), vocab_size)
+    finally:
+        if on_merging is not None:
+            on_merging(False)
     draft = out.parent / f".{out.name}.{uuid.uuid4().hex[:12]}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,5 +94,6 @@ def train_tokenizer(
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be looked into has no draft either
+            draft.unlink()
     return Trained(vocab_size, text_bytes, skipped)

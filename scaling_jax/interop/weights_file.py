@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import json
 import math
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,10 +133,13 @@ def params_from_file(model: Transformer, path: str | Path) -> nnx.State:
 
     Raises:
       UserError: there is no such file, it is no safetensors file or cut short; a tensor is missing, unexpected, or of another shape or
-        dtype; or its header says that its model gave other logits with the same tensors.
+        dtype, or has values that are not finite; or its header says that its model gave other logits with the same tensors.
     """
     params, names = nnx.state(model, nnx.Param), name_map(model)
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # of a pipe the first byte would be waited for
+            what = "is a directory" if Path(path).is_dir() else "is no regular file"
+            raise UserError(f"{path}: cannot be read: {what}; must be a safetensors file")
         with safetensors.safe_open(path, framework="numpy") as file:
             faults = _tensor_faults(file, names) or _header_faults(file.metadata() or {}, model)
             if faults:
@@ -144,9 +148,11 @@ def params_from_file(model: Transformer, path: str | Path) -> nnx.State:
             parts: dict[tuple[str, ...], list[np.ndarray]] = {}
             for name, tensor in names.items():  # blocks in their order
                 value = np.asarray(file.get_tensor(name), np.float32)
+                if not np.isfinite(value).all():
+                    raise UserError(f"{path}: tensor {name} has values that are not finite; the parameters are spoilt")
                 parts.setdefault(tensor.path, []).append(value.T if tensor.transposed else value)
     except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "is a directory" if Path(path).is_dir() else str(error)
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise UserError(f"{path}: cannot be read: {reason}; must be a safetensors file") from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file, or not a whole one: {error}") from error
@@ -183,6 +189,9 @@ def _header_faults(metadata: Mapping[str, str], model: Transformer) -> list[str]
         multipliers = Multipliers(**json.loads(metadata["multipliers"]))
     except (ValueError, KeyError, TypeError, UserError) as error:
         return [f"its header has no config and multipliers that scaling_jax wrote ({error})"]
+    if odd := [name for name, value in multipliers._asdict().items() if type(value) not in (int, float) or not math.isfinite(value)]:
+        values = ", ".join(f"{name} is {getattr(multipliers, name)!r}" for name in odd)
+        return [f"its header has no multipliers that scaling_jax wrote ({values}: must be numbers)"]
     faults = [
         f"is of a model whose {name} is {getattr(config, name)!r}: must be {getattr(model.config, name)!r}"
         for name in _UNTOLD
@@ -191,5 +200,5 @@ def _header_faults(metadata: Mapping[str, str], model: Transformer) -> list[str]
     return faults + [
         f"is of a model whose {name} is {there:g}: must be {here:g}; a file made with fold_multipliers is of 'standard'"
         for name, there, here in zip(Multipliers._fields, multipliers, Multipliers.of(model), strict=True)
-        if not (isinstance(there, int | float) and math.isclose(there, here, rel_tol=1e-6))
+        if not math.isclose(there, here, rel_tol=1e-6)
     ]

@@ -75,7 +75,7 @@ def position_figure(domains: dict[str, Any], path: str | Path, title: str = "") 
 
     Args:
       domains: by name, with `bins` and `documents` as `evaluation_record` makes them.
-      path: the PNG to write.
+      path: the PNG to write, whole or not at all.
       title: above it.
 
     Returns:
@@ -100,7 +100,12 @@ def position_figure(domains: dict[str, Any], path: str | Path, title: str = "") 
         axes.grid(color="#e6e6e6", linewidth=0.8)
         figure.legend(loc="outside lower center", ncols=min(3, len(curves)), title="bands: 95% intervals over documents", title_fontsize=11)
 
-    save_figure(path, (7.2, 4.6), draw)
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    try:
+        save_figure(temporary, (7.2, 4.6), draw)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return True
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from scaling_jax.data.corpus import RunData, token_bytes
+from scaling_jax.data.corpus import RunData
 from scaling_jax.data.shards import TokenStream
 from scaling_jax.data.source import document_ids, documents_between, read_blocks, spread_blocks
 from scaling_jax.train.document_error import RatioByDocument
@@ -49,16 +49,16 @@ class HeldOut:
       stream: the domain.
       context: tokens in a sequence.
       tokens: how much to evaluate; 0, or more than there is, means all.
+      bytes_V: bytes of text that each token stands for, as the stream's tokenizer has them; None, and there are no bits per byte.
 
     Raises:
       UserError: `tokens` or the stream is less than one context.
     """
 
-    def __init__(self, stream: TokenStream, context: int, tokens: int):
-        self.stream, self.context = stream, context
+    def __init__(self, stream: TokenStream, context: int, tokens: int, bytes_V: np.ndarray | None = None):
+        self.stream, self.context, self.bytes_V = stream, context, bytes_V
         self.blocks = spread_blocks(stream, context, tokens)
         self.between_N = documents_between(stream, context, self.blocks)
-        self.bytes_V = token_bytes(stream)
 
     @property
     def tokens(self) -> int:
@@ -85,7 +85,8 @@ class Evaluator:
     def __init__(self, config: ConfigDict, data: RunData, trainer: Trainer):
         self.trainer = trainer
         self.batch = batch_sequences(config)
-        self.domains = {name: HeldOut(stream, config.model.context, config.eval.tokens) for name, stream in data.domains.items()}
+        of_all = config.model.context, config.eval.tokens, data.bytes_V
+        self.domains = {name: HeldOut(stream, *of_all) for name, stream in data.domains.items()}
 
     def __call__(self, params: nnx.State) -> dict[str, Any]:
         record = {}

@@ -3,10 +3,12 @@
 Nothing is written and no lock is taken, so the run may still be training. The optimizer's moments are not read.
 """
 
+import asyncio
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,18 +41,20 @@ class OpenedRun(NamedTuple):
         return nnx.merge(self.trainer.graph, self.params)
 
 
-def open_run(run: str | Path, at_tokens: int | None = None) -> OpenedRun:
+def open_run(run: str | Path, at_tokens: int | None = None, compute_dtype: str | None = None) -> OpenedRun:
     """Opens the run in a work directory at one of its checkpoints.
 
     Args:
       run: the work directory; of a run that ended, was interrupted, or is still training, on whatever devices.
       at_tokens: the checkpoint at exactly so many tokens; None is the newest.
+      compute_dtype: in the place of the run's own.
 
     Raises:
       UserError: there is no run, no such checkpoint, or it cannot be read.
     """
     workdir = Path(run)
     config, identity = read_config(workdir)
+    config.model.compute_dtype = compute_dtype or config.model.compute_dtype
     tokens = checkpoint_tokens(workdir, at_tokens)
     trainer = trainer_here(config)
     abstract_params = trainer.abstract_sharded_state.params
@@ -73,13 +77,16 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
         raise UserError(f"--run={workdir}: {'is a file' if workdir.exists() else 'no such directory'}; must be the work directory of a run")
     try:
         stored = json.loads(path.read_text())
-        return config_lib.from_json(stored["config"]), dict(stored["identity"])
+        config, identity = config_lib.from_json(stored["config"]), dict(stored["identity"])
+        config_lib.validate(config)
     except OSError as error:
         raise UserError(f"--run={workdir}: must be the work directory of a run; {path} cannot be read: {error.strerror}") from error
     except UserError as error:
-        raise UserError(f"--run={workdir}: {path} was written by another version of scaling_jax: {error}") from error
+        faults = "; ".join(str(error).splitlines())
+        raise UserError(f"--run={workdir}: {path} was changed, or written by another version of scaling_jax: {faults}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--run={workdir}: {path} is not a config that scaling_jax wrote") from error
+    return config, identity
 
 
 def checkpoint_tokens(workdir: Path, at_tokens: int | None = None) -> int:
@@ -127,9 +134,36 @@ def read_params(workdir: Path, tokens: int, abstract_params: nnx.State) -> nnx.S
     )  # of the state: the optimizer's part of it is twice as large
     options = ocp.CheckpointManagerOptions(read_only=True)
     try:
-        with ocp.CheckpointManager(directory, options=options, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        with (
+            _reads_that_end(),
+            ocp.CheckpointManager(directory, options=options, item_handlers=ocp.PyTreeCheckpointHandler()) as manager,
+        ):
             return manager.restore(tokens, args=restore)["params"]
     except Exception as error:  # whatever a damaged file makes the reader raise
-        text = " ".join(str(error).split())
-        reason = text if len(text) < 200 else text[:200] + "…"
+        sentence = " ".join(str(error).split()).partition(". ")[0]  # TensorStore's whole state comes after it
+        reason = sentence if len(sentence) < 100 else sentence[:100] + "…"
         raise UserError(f"{directory / str(tokens)}: cannot be read ({reason}); --at_tokens can name another checkpoint") from error
+
+
+class _LoopThatEnds(asyncio.SelectorEventLoop):
+    def close(self) -> None:
+        if not self.is_closed() and (left := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.wait(left, timeout=60))
+        super().close()
+
+
+class _LoopsThatEnd(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _LoopThatEnds()
+
+
+@contextlib.contextmanager
+def _reads_that_end() -> Iterator[None]:
+    """Orbax reads many arrays at once, and at the first that fails closes its event loop. Those that come later would find it closed, and
+    say so on stderr from threads of their own: so a loop waits for them."""
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_LoopsThatEnd())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)

@@ -8,6 +8,7 @@ the training goes on.
 
 import importlib.util
 import json
+import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from scaling_jax.train.tensorboard import numbers
 from scaling_jax.train.workdir import write_json
 
 DIRECTORY, FILE = "wandb", "run.json"
+MODES = "online", "offline", "disabled", "shared", "dryrun", "run"
 FINISH_SECONDS = 120  # for what is still to be uploaded at the end
 
 
@@ -34,6 +36,8 @@ def check(project: str) -> None:
         )
     import wandb
 
+    if (mode := os.environ.get("WANDB_MODE", MODES[0])) not in MODES:
+        raise UserError(f"WANDB_MODE={mode}: must be one of {', '.join(MODES)}; config.logging.wandb='' needs none")
     try:
         wandb.Settings(project=project)  # which refuses some characters
         if wandb.run is not None or wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):  # the caller's own run has started
@@ -47,7 +51,7 @@ def check(project: str) -> None:
 
 def _not_started(project: str, error: Exception) -> str:
     way_out = "WANDB_MODE=offline needs no network, '' turns it off"
-    return f"config.logging.wandb is {project!r}: W&B does not start ({_one_line(error)}); {way_out}"
+    return f"config.logging.wandb is {project!r}: W&B does not start ({_one_line(error).replace(f' {project!r}', '')}); {way_out}"
 
 
 def _one_line(error: Exception) -> str:
@@ -87,6 +91,11 @@ class WandbRun:
             )
         except Exception as error:  # of a service of another process: whatever
             raise UserError(_not_started(project, error)) from error
+        if self._run.disabled:  # it keeps nothing: a later start, in another mode, gives it all
+            self._run.finish()
+            self._run = None
+            say("W&B: disabled by WANDB_MODE")
+            return
         self._first = known["steps"] + 1 if self._run.offline else self._run.step
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
@@ -99,7 +108,7 @@ class WandbRun:
             self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
-        if record["step"] >= self._first:
+        if self._run is not None and record["step"] >= self._first:
             self._known["steps"] = record["step"]
             self._try(lambda: self._run.log(dict(numbers(record)), step=record["step"]))
 

@@ -4,6 +4,7 @@ from absl import flags
 
 from scaling_jax.errors import UserError
 from scaling_jax.verbs.common import Verb
+from scaling_jax.verbs.interrupt import ended_by_interrupt
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -22,7 +23,8 @@ def _run(values: flags.FlagValues) -> int:
         raise UserError("--out=FILE.safetensors is missing: the file to write")
     if not values.out.endswith(".safetensors"):
         raise UserError(f"--out={values.out}: must be the name of a .safetensors file")
-    from scaling_jax.interop.opening import export
+    with ended_by_interrupt("export"):
+        from scaling_jax.interop.opening import export
 
     tensors, tokens = export(values.run, values.out, values.at_tokens, values.fold_multipliers)
     numbers = sum(tensor.size for tensor in tensors.values())

@@ -1,12 +1,14 @@
 """`scaling-jax sample`."""
 
 import math
+import os
 import sys
 
 from absl import flags
 
 from scaling_jax.errors import UserError
 from scaling_jax.verbs.common import Verb
+from scaling_jax.verbs.interrupt import ended_by_interrupt
 from scaling_jax.verbs.process import keep_freed_memory, use_compilation_cache
 
 
@@ -30,12 +32,13 @@ def _define(values: flags.FlagValues) -> None:
 
 def _run(values: flags.FlagValues) -> int:
     _check_flags(values)
-    use_compilation_cache()
-    keep_freed_memory()
-    import jax
+    with ended_by_interrupt("sample"):
+        use_compilation_cache()
+        keep_freed_memory()
+        import jax
 
-    from scaling_jax.interop.opening import open_model, open_tokenizer
-    from scaling_jax.interop.sample import Reader, Sampling, TextStream, sample_tokens
+        from scaling_jax.interop.opening import open_model, open_tokenizer
+        from scaling_jax.interop.sample import Reader, Sampling, TextStream, sample_tokens
 
     tokenizer = open_tokenizer(values.run, values.tokenizer)
     prompt = tokenizer.encode(values.prompt).tolist() or [tokenizer.end_token]
@@ -60,7 +63,13 @@ def _run(values: flags.FlagValues) -> int:
 
 def _show(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)  # a terminal may know fewer characters than a model
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)  # a terminal may know fewer characters than a model
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes, as Python ends
+        raise UserError(f"the text cannot be written: {error.strerror}") from error
 
 
 def _check_flags(values: flags.FlagValues) -> None:
@@ -81,6 +90,9 @@ def _check_flags(values: flags.FlagValues) -> None:
             raise UserError(f"--{name}={values[name].value}: must be at least 1")
     if not 0 <= values.seed < 1 << 32:
         raise UserError(f"--seed={values.seed}: must be from 0 to {(1 << 32) - 1}; JAX keys take 32 bits")
+    for name, what in (("params", "a safetensors file"), ("tokenizer", "'bytes', a tokenizer.json, or what else can be tokenized with")):
+        if values[name].value == "":
+            raise UserError(f"--{name}=: must be {what}")
     if values.params is not None and values.at_tokens is not None:
         raise UserError(f"--at_tokens={values.at_tokens}: names a checkpoint, but the parameters come from --params={values.params}")
 

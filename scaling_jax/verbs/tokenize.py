@@ -27,7 +27,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("field", "text", "field of a .jsonl's lines or a .parquet's rows that holds the document", flag_values=values)
     flags.DEFINE_bool("skip_bad", False, "leave out bad lines and rows, and count them, instead of stopping", flag_values=values)
     flags.DEFINE_integer("shard_tokens", 1 << 26, "tokens in each file of the result but the last", flag_values=values)
-    flags.DEFINE_integer("workers", 0, "processes that encode; 0 is as many as there are cores", flag_values=values)
+    flags.DEFINE_integer("workers", 0, "processes that encode; 0: one a core, at most 8", flag_values=values)
 
 
 def _run(values: flags.FlagValues) -> int:
@@ -43,7 +43,7 @@ def _run(values: flags.FlagValues) -> int:
     if values.shard_tokens < 1:
         raise UserError(f"--shard_tokens={values.shard_tokens}: must be at least 1")
     if values.workers < 0:
-        raise UserError(f"--workers={values.workers}: must be 0 (one a core) or more")
+        raise UserError(f"--workers={values.workers}: must be 0 (one a core, at most 8) or more")
     tokenizer = load_tokenizer(values.tokenizer)
     progress = _ProgressLine()
     try:
@@ -58,7 +58,7 @@ def _run(values: flags.FlagValues) -> int:
                 field=values.field,
                 skip_bad=values.skip_bad,
                 shard_tokens=values.shard_tokens,
-                workers=values.workers or cores(),
+                workers=values.workers or min(cores(), 8),  # more wait for the one that reads
                 resume=True,
                 say=progress.line.say,
             )
