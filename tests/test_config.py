@@ -50,6 +50,31 @@ def test_noise_takes_two_sequences_a_batch(sequences: int, accumulation: int, ev
     assert (found == []) if sound else ("at least 128, or config.noise_scale.every=0" in found[0] and len(found) == 1)
 
 
+@pytest.mark.parametrize(
+    "fields, fault",
+    [
+        ({"model__kv_heads": 3}, "config.model.kv_heads is 3: must divide the 4 heads"),
+        ({"model__head_dim": 1, "model__positions": "learned"}, "config.model.head_dim is 1"),
+        ({"model__width": 99, "model__head_dim": 33}, "config.model.head_dim is 33: must be even, for rotary positions"),
+        ({"model__width": 99, "model__head_dim": 33, "model__positions": "learned"}, None),
+        ({"model__dropout": 1.0}, "config.model.dropout is 1.0: must be less than 1"),
+        ({"model__loss_chunk_tokens": 60, "model__context": 61, "train__batch_tokens": 61 * 8}, "the next is 1"),
+        ({"model__loss_chunk_tokens": 60}, None),  # pieces of 32
+        (
+            {"model__shared_depth": True, "parametrization__name": "completep", "parametrization__base_depth": 3},
+            "config.model.shared_depth is True: completep",
+        ),
+    ],
+)
+def test_options_of_the_model_that_do_not_go_together(fields: dict, fault: str | None):
+    found = faults(changed(**fields))
+    assert (found == []) if fault is None else (len(found) == 1 and fault in found[0])
+
+
+def test_key_value_heads_must_be_shared_evenly_by_devices():
+    assert "must divide the config.model.kv_heads (2)" in faults(changed(model__kv_heads=2, mesh__tensor=4))[0]
+
+
 def test_the_mesh_must_match_the_devices():
     config = changed(mesh__fsdp=-1, mesh__replica=2)
     assert faults(config) == []  # not resolved yet
