@@ -65,7 +65,7 @@ def refuses(capsys, run, args, *words) -> None:
         (["--tolerance=nan"], ["--tolerance=nan: must be a number"]),
         (["--facters=1,2"], ["--facters: no such flag (did you mean --factors?)"]),
         (["--run="], ["--run=DIR is missing"]),
-        (["--run=nowhere"], ["--run=nowhere: must be the work directory of a run", "No such file"]),
+        (["--run=nowhere"], ["--run=nowhere: no such directory; must be the work directory of a run"]),
     ],
 )
 def test_bad_input_is_exit_code_2_and_one_message(run, capsys, args, words):

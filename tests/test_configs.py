@@ -84,7 +84,10 @@ def test_cpu_sized_copy_is_the_recipe_and_trains(name, argument, large, tmp_path
     assert summary["status"] == "finished" and summary["eval/heldout/loss"] < np.log(256) - 2
 
 
-@pytest.mark.parametrize(("name", "size"), [("kaplan", "768"), ("kaplan", "0x3"), ("kaplan", "64x2,drop"), ("kaplan", "4288x60"), ("time_transfer", "1b")])
+UNKNOWN = [("kaplan", "768"), ("kaplan", "0x3"), ("kaplan", "64x2,drop"), ("kaplan", "4288x60"), ("time_transfer", "1b")]
+
+
+@pytest.mark.parametrize(("name", "size"), UNKNOWN)
 def test_unknown_size_is_refused(name, size):
     with pytest.raises(UserError, match=size):
         load(name).get_config(size)

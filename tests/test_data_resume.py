@@ -305,7 +305,7 @@ def children_of(pid):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_command_leaves_no_process_and_continues(tmp_path, tokenizer_file, number):
     texts = tmp_path / "in.txt"
-    texts.write_text(words(30_000, 0) * 12)
+    texts.write_text(words(30_000, 0) * 100)  # enough that it is not done before the signal comes
     command = ["tokenize", f"--input={texts}", f"--tokenizer={tokenizer_file}", "--holdout_every=0", "--shard_tokens=50000", "--workers=2"]
     small = "import sys; from scaling_jax.data import tokenize; tokenize.WORKER_BYTES = tokenize.BATCH = 30_000"
     command = [sys.executable, "-c", f"{small}; from scaling_jax.cli import main; sys.exit(main())", *command]

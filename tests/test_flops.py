@@ -122,7 +122,7 @@ _gram_dense.defvjp(lambda x, w, p: (_gram_dense(x, w, p), (x, w)), _gram_dense_b
 
 def test_the_gram_form_is_over_the_limit(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(per_example, "dense", gram_dense)
-    monkeypatch.setattr(model, "on_one_device", lambda: False)  # each matrix by itself, to count them
+    monkeypatch.setattr("scaling_jax.model.weights.on_one_device", lambda: False)  # each matrix by itself, to count them
     gram_flops = SEQUENCES * 2 * CONTEXT**2
     added = 0
     for path, param in nnx.to_flat_state(trainer_of().abstract_state.params):

@@ -170,7 +170,7 @@ def test_simulated_norms_have_the_law_of_gradients():
         np.testing.assert_allclose(np.corrcoef(values[5], values[5 + lag])[0, 1], 0.7**lag, atol=0.02)
 
 
-@pytest.mark.parametrize(("rho", "steps"), [(0.0, 400), (0.9, 10_000)])
+@pytest.mark.parametrize(("rho", "steps"), [(0.0, 400), pytest.param(0.9, 10_000, marks=pytest.mark.slow)])
 def test_interval_covers_the_true_ratio_in_95_percent_of_runs(rho, steps, quick_compilation):
     """One-sequence and microbatch estimates, a batch that doubles, a truth that drifts; flat and exponential weights; B_noise from
     0.3 to 30 times B. Standard errors for independent steps would be too small by √19 at autocorrelation 0.9, and cover 35%."""

@@ -102,6 +102,7 @@ def test_the_two_published_formulations_train_alike():
         np.testing.assert_allclose(logits(table3, steps), logits(Transformer, steps), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow  # half a minute; test_microsoft_mups_criterion is the same question at one lr
 def test_wider_is_never_worse():
     """Training loss on the built-in corpus at three points of a run: width 64 > 128 > 256, at one lr, mean over seeds."""
     steps, points = 100, ((20, 40), (50, 70), (80, 100))

@@ -52,7 +52,7 @@ def small(command):
     if "scaling-jax branch" in command:
         return "scaling-jax branch --run=runs/long --at_tokens=2048,4096 --factors=1,2 --span_tokens=2048"
     if "scaling-jax train " in command and "kaplan" in command:  # is small
-        return command
+        return command + " --config.train.tokens=20480"
     if "scaling-jax train " in command:
         small = SMALL | ({"model.vocab_size": 512} if "vocab_size" in command else {})
         command = command.replace("--profile_at_tokens=100000", "--profile_at_tokens=1000")

@@ -11,9 +11,9 @@ kills = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(kills)
 
 
-def test_five_kills_change_nothing(tmp_path):
-    moments = kills.trial(tmp_path, 5, 96_000, seed=1)
-    assert len(moments) == 5
+def test_three_kills_change_nothing(tmp_path):
+    moments = kills.trial(tmp_path, 3, 64_000, seed=1)
+    assert len(moments) == 3
     with pytest.raises(AssertionError):  # the comparison itself can fail: another seed is another run
         other = tmp_path / "other"
         kills.FIELDS["train.seed"] = 1

@@ -144,6 +144,7 @@ def on_mesh(case: Case) -> tuple[Any, nnx.State, dict[tuple[str, int | None], np
     return loss, grads, {group: np.asarray(sq_norms_BxGxM[:, g]) for g, group in enumerate(trainer.meter.groups)}
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("case", CASES + OPTION_CASES, ids=str)
 def test_equals_brute_force(case: Case):
     expected = reference(case.mlp, case.tied, case.options)
