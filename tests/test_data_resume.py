@@ -307,7 +307,9 @@ def test_a_killed_command_leaves_no_process_and_continues(tmp_path, tokenizer_fi
     texts = tmp_path / "in.txt"
     texts.write_text(words(30_000, 0) * 100)  # enough that it is not done before the signal comes
     command = ["tokenize", f"--input={texts}", f"--tokenizer={tokenizer_file}", "--holdout_every=0", "--shard_tokens=50000", "--workers=2"]
-    small = "import sys; from scaling_jax.data import tokenize; tokenize.WORKER_BYTES = tokenize.BATCH = 30_000"
+    # Of a test run in the background Ctrl-C is ignored, and children inherit that.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    small = f"{heeding}; import sys; from scaling_jax.data import tokenize; tokenize.WORKER_BYTES = tokenize.BATCH = 30_000"
     command = [sys.executable, "-c", f"{small}; from scaling_jax.cli import main; sys.exit(main())", *command]
     process = subprocess.Popen([*command, f"--out={tmp_path / 'out'}"], stderr=subprocess.PIPE, text=True)
     while not (tmp_path / ".out.partial" / "resume.json").exists():

@@ -168,7 +168,7 @@ def test_a_tied_embedding_keeps_its_scale_and_its_logits_do_not_grow():
     np.testing.assert_allclose(wide / narrow, 8**-0.5, rtol=0.2)  # a sum over the width of random terms, over the width
 
 
-@pytest.mark.parametrize("axis", ["width", "depth"])
+@pytest.mark.parametrize("axis", [pytest.param("width", marks=pytest.mark.slow), "depth"])
 def test_epsilon_follows_the_gradients_entries(axis):
     """Mean |gradient| of every parameter over its epsilon, 8 times larger in width or depth: the same, within 2.
 

@@ -11,6 +11,7 @@ kills = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(kills)
 
 
+@pytest.mark.slow  # a minute; tests/test_train_batch.py stops a run at twelve moments, tests/test_train_wandb.py kills one
 def test_three_kills_change_nothing(tmp_path):
     moments = kills.trial(tmp_path, 3, 64_000, seed=1)
     assert len(moments) == 3
