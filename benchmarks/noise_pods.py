@@ -26,7 +26,7 @@ from jax.experimental import topologies
 
 from scaling_jax.config import default_config
 from scaling_jax.mesh import make_mesh
-from scaling_jax.pods.hlo import dot_flops
+from scaling_jax.pods.flops import dot_flops
 from scaling_jax.train.step import Trainer
 
 TOPOLOGIES = ("v5p:4x4x4", "v5e:4x4")

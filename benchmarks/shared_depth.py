@@ -11,7 +11,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from scaling_jax.config import default_config
-from scaling_jax.pods.hlo import dot_flops
+from scaling_jax.pods.flops import dot_flops
 from scaling_jax.train.step import Trainer
 
 

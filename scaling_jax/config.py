@@ -227,6 +227,11 @@ def _relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
             f"config.model.loss_chunk_tokens is {model.loss_chunk_tokens}: must be 0 or near a divisor of config.model.context, "
             f"{model.context}, into which a sequence is cut; the next is {piece}"
         )
+    if model.attention == "splash" and (model.context % 128 or model.dropout):
+        faults.append(
+            f"config.model.attention is splash: needs config.model.context ({model.context}) to be a multiple of 128, and "
+            f"config.model.dropout ({model.dropout}) to be 0"
+        )
     if model.positions == "rotary" and model.head_dim % 2:
         faults.append(f"config.model.head_dim is {model.head_dim}: must be even, for rotary positions")
     if config.parametrization.name == "completep" and model.shared_depth:
@@ -289,6 +294,7 @@ def _mesh_faults(config: ConfigDict, device_count: int | None) -> list[str]:
         (model.kv_heads, "tensor", f"config.model.kv_heads ({model.kv_heads})"),
         (mlp_width(model.width, model.mlp_ratio), "tensor", f"MLP width ({mlp_width(model.width, model.mlp_ratio)})"),
         (model.vocab_size, "tensor", f"config.model.vocab_size ({model.vocab_size})"),
+        (model.context, "tensor", f"config.model.context ({model.context})"),
         (model.width, "fsdp", f"config.model.width ({model.width})"),
     ):
         if size % mesh[axis]:

@@ -44,7 +44,16 @@ FIELDS: dict[str, Field] = {
     "model.shared_depth": Field(False, "one block applied depth times, as in a universal transformer"),
     "model.dropout": Field(0.0, "dropout of the embedding, the attention weights and every branch's output", minimum=0, below=1),
     "model.compute_dtype": Field("float32", "dtype of activations and products", choices=("float32", "bfloat16")),
-    "model.remat": _execution("none", "what a block's backward pass computes again", choices=("none", "dots", "full")),
+    "model.attention": _execution(
+        "auto",
+        "two products, or a kernel for TPUs that holds no logits; auto is the kernel where it can be",
+        choices=("auto", "einsum", "splash"),
+    ),
+    "model.remat": _execution(
+        "none",
+        "what a block's backward pass computes again: nothing, all but the projections, all but the attention, all",
+        choices=("none", "dots", "attention", "full"),
+    ),
     "model.loss_chunk_tokens": _execution(
         0, "a device holds the logits of so many tokens, of one sequence, at a time; 0 holds all", minimum=0
     ),

@@ -10,7 +10,7 @@ from flax import nnx
 from scaling_jax import model
 from scaling_jax.config import default_config
 from scaling_jax.noise_scale import per_example
-from scaling_jax.pods.hlo import dot_flops, jaxpr_dot_flops, loop_weighted_flops
+from scaling_jax.pods.flops import dot_flops, jaxpr_dot_flops, loop_weighted_flops
 from scaling_jax.train.step import Trainer, transformer_config
 
 LIMIT = 1.03

@@ -13,7 +13,8 @@ from plain_transformer import plain_loss
 from scaling_jax import Transformer, TransformerConfig, sequence_losses
 from scaling_jax.errors import UserError
 from scaling_jax.model import rms_norm
-from scaling_jax.model.layers import Dropout, causal_attention
+from scaling_jax.model.attention import causal_attention
+from scaling_jax.model.layers import Dropout
 from scaling_jax.train.step import Trainer, _loss_and_gradient
 
 SEQUENCES, CONTEXT = 6, 12

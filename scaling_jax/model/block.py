@@ -8,10 +8,11 @@ from jax import Array
 
 from scaling_jax.config import mlp_width
 from scaling_jax.mesh import constrain
+from scaling_jax.model.attention import causal_attention, splash_attention
 from scaling_jax.model.cache import Cache
-from scaling_jax.model.layers import ACTIVATIONS, NO_DROPOUT, Dropout, causal_attention, rms_norm, rotary
+from scaling_jax.model.layers import ACTIVATIONS, NO_DROPOUT, Dropout, rms_norm, rotary
 from scaling_jax.model.shape import TransformerConfig
-from scaling_jax.model.weights import OwnWeights, Weights
+from scaling_jax.model.weights import OwnWeights, Weights, place_input
 from scaling_jax.parameters import Parameters
 from scaling_jax.parametrization import Parametrization
 
@@ -65,16 +66,16 @@ class Block(nnx.Module):
           cache: of this block; what it holds comes before x.
         """
         weights = weights or OwnWeights(self)
-        normed_BxLxD = weights.gain("attention_gain", rms_norm(x_BxLxD))
+        normed_BxLxD = place_input(weights.gain("attention_gain", rms_norm(x_BxLxD)))
         attended_BxLxD, cache = self.attend(normed_BxLxD, weights, tap, drop, cache)
         x_BxLxD = self._add(x_BxLxD, drop(attended_BxLxD, 1))
-        fed_BxLxD = self.feed_forward(weights.gain("mlp_gain", rms_norm(x_BxLxD)), weights, tap)
+        fed_BxLxD = self.feed_forward(place_input(weights.gain("mlp_gain", rms_norm(x_BxLxD))), weights, tap)
         x_BxLxD = self._add(x_BxLxD, drop(fed_BxLxD, 2))
         tap("residual", x_BxLxD)
         return x_BxLxD, cache
 
     def _add(self, x_BxLxD: Array, branch_BxLxD: Array) -> Array:
-        return constrain(x_BxLxD + self.residual_multiplier * branch_BxLxD, "batch", "length", "residual")
+        return constrain(x_BxLxD + self.residual_multiplier * branch_BxLxD, "batch", "sequence", "residual")
 
     def attend(
         self, x_BxLxD: Array, weights: Weights, tap: Tap = no_tap, drop: Dropout = NO_DROPOUT, cache: Cache | None = None
@@ -98,7 +99,11 @@ class Block(nnx.Module):
         if cache is not None:
             cache = cache.append(k_BxGxLxK, v_BxGxLxK)
             k_BxGxLxK, v_BxGxLxK = cache.k_BxGxMxK, cache.v_BxGxMxK
-        y_BxHxLxK = causal_attention(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, self.attention_scale, start, lambda weights: drop(weights, 0))
+        if self.config.attention == "einsum" or cache is not None:
+            y_BxHxLxK = causal_attention(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, self.attention_scale, start, lambda weights: drop(weights, 0))
+        else:
+            interpret = self.config.attention == "splash_interpreted"
+            y_BxHxLxK = splash_attention(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, self.attention_scale, interpret)
         y_BxLxD = constrain(y_BxHxLxK.swapaxes(1, 2).reshape(batch, length, -1), "batch", "length", "heads")
         (y_BxLxD,) = weights.project(("attention_out",), "residual", y_BxLxD)
         tap("attention output", y_BxLxD)

@@ -1,4 +1,4 @@
-"""What has no parameters: norms, positions, attention, dropout."""
+"""What has no parameters: norms, positions, dropout."""
 
 from collections.abc import Callable
 from functools import partial
@@ -56,31 +56,3 @@ class Dropout(NamedTuple):
 
 
 NO_DROPOUT = Dropout()
-
-
-def causal_attention(
-    q_BxHxLxK: Array,
-    k_BxGxMxK: Array,
-    v_BxGxMxK: Array,
-    scale: float,
-    start: Array | int = 0,
-    drop: Callable[[Array], Array] = lambda weights_BxHxLxM: weights_BxHxLxM,
-) -> Array:
-    """softmax(scale·q·k, causal)·v; logits and softmax in float32.
-
-    Args:
-      q_BxHxLxK: queries of the positions start, start + 1, …
-      k_BxGxMxK, v_BxGxMxK: keys and values of the positions 0, 1, …; each of the G heads serves H / G neighbouring heads of q.
-      scale: of the logits.
-      start: position of the first query.
-      drop: dropout of the weights.
-    """
-    queries, (groups, keys) = q_BxHxLxK.shape[2], k_BxGxMxK.shape[1:3]
-    k_BxHxMxK, v_BxHxMxK = (
-        x if groups == q_BxHxLxK.shape[1] else jnp.repeat(x, q_BxHxLxK.shape[1] // groups, 1) for x in (k_BxGxMxK, v_BxGxMxK)
-    )
-    logits_BxHxLxM = jnp.einsum("bhlk,bhmk->bhlm", q_BxHxLxK, k_BxHxMxK, preferred_element_type=jnp.float32) * scale
-    seen_LxM = jnp.arange(keys)[None, :] <= (jnp.arange(queries) + start)[:, None]
-    logits_BxHxLxM = jnp.where(seen_LxM[None, None], logits_BxHxLxM, -1e30)
-    weights_BxHxLxM = drop(jax.nn.softmax(logits_BxHxLxM, axis=-1).astype(v_BxGxMxK.dtype))
-    return jnp.einsum("bhlm,bhmk->bhlk", weights_BxHxLxM, v_BxHxMxK)

@@ -28,6 +28,7 @@ class TransformerConfig:
     shared_depth: bool = False
     dropout: float = 0.0
     compute_dtype: str = "float32"
+    attention: str = "einsum"
     remat: str = "none"
     loss_chunk_tokens: int = 0
 
@@ -40,8 +41,11 @@ class TransformerConfig:
             raise UserError(f"kv_heads is {self.kv_heads}: must divide the {self.heads} heads, width / head_dim")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}: must be at least 0 and less than 1")
-        for name in ("mlp", "positions", "remat"):
-            value, choices = getattr(self, name), FIELDS[f"model.{name}"].choices
+        if self.attention != "einsum" and (self.context % 128 or self.dropout):
+            raise UserError(f"attention is {self.attention!r}: needs a context that is a multiple of 128 ({self.context}), and no dropout")
+        kernels = ("einsum", "splash", "splash_interpreted")
+        for name in ("mlp", "positions", "remat", "attention"):
+            value, choices = getattr(self, name), kernels if name == "attention" else FIELDS[f"model.{name}"].choices
             if value not in choices:
                 raise UserError(f"{name} is {value!r}: must be one of {', '.join(choices)}")
 

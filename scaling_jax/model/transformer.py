@@ -13,18 +13,21 @@ from flax import nnx
 from jax import Array
 
 from scaling_jax.errors import UserError
-from scaling_jax.mesh import batch_shards, constrain
+from scaling_jax.mesh import batch_shards, constrain, shards_of
+from scaling_jax.model.attention import SAVED
 from scaling_jax.model.block import Block, Tap, no_tap
 from scaling_jax.model.cache import Cache
 from scaling_jax.model.layers import Dropout, rms_norm
+from scaling_jax.model.lookup import look_up
 from scaling_jax.model.shape import TransformerConfig
-from scaling_jax.model.weights import OwnWeights, Probe, SharedWeights, open_block, value_of
+from scaling_jax.model.weights import OwnWeights, Probe, SharedWeights, open_block, place_input, place_output, value_of
 from scaling_jax.noise_scale import embed, embed_tied, per_sequence, readout_losses, scale, token_losses, unembed, unembed_tied
 from scaling_jax.parameters import Parameters
 from scaling_jax.parametrization import Parametrization
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps the projections' outputs
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -90,7 +93,7 @@ class Transformer(nnx.Module):
         dropout_keys_B: Array | None = None,
     ) -> Array:
         h_BxLxD, carrier_BxLxD, _ = self._hidden(tokens_BxL, probe, tap, metric, dropout_keys_B)
-        shards = batch_shards()
+        shards = shards_of("embed", "vocab")
         if not self.config.tied_embeddings:
             probe_B, metric_DxV = self._read_out_probe(probe), value_of(metric, "unembedding")
             logits_BxLxV = unembed(h_BxLxD, self.unembedding[...], probe_B, metric_DxV, shards=shards)
@@ -100,7 +103,7 @@ class Transformer(nnx.Module):
             of_table = carrier_BxLxD, probe["embedding"], value_of(metric, "embedding")
             logits_BxLxV = unembed_tied(h_BxLxD, self.embedding[...], tokens_BxL, *of_table, shards=shards)
         tap("logits", logits_BxLxV)
-        return constrain(logits_BxLxV, "batch", "length", "vocab")
+        return place_output(logits_BxLxV, "vocab")
 
     def losses(
         self,
@@ -120,7 +123,7 @@ class Transformer(nnx.Module):
             None if w is None else w.T if self.config.tied_embeddings else w for w in (value_of(self, name), value_of(metric, name))
         )
         tied = None if carrier_BxLxD is None else (tokens_BxL, carrier_BxLxD)
-        of_sizes = {"chunk": chunk, "shards": batch_shards()}
+        of_sizes = {"chunk": chunk, "shards": shards_of("embed", "vocab")}
         return readout_losses(h_BxLxD, w_DxV, targets_BxL, self._read_out_probe(probe), metric_DxV, tied, **of_sizes)
 
     def extend(self, tokens_BxL: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -149,7 +152,7 @@ class Transformer(nnx.Module):
         h_BxLxD = rms_norm(x_BxLxD)
         if self.config.norm_gains:
             h_BxLxD = scale(h_BxLxD, self.final_gain[...], self._read_out_probe(probe), value_of(metric, "final_gain"))
-        return h_BxLxD * self.logit_multiplier, carrier_BxLxD, cache
+        return place_input(h_BxLxD * self.logit_multiplier), carrier_BxLxD, cache
 
     def _embed(
         self, tokens_BxL: Array, probe: Probe | None, metric: "Transformer | None", start: Array | int
@@ -157,11 +160,10 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(self.config.compute_dtype)
         probe_B, metric_VxD, carrier_BxLxD = None if probe is None else probe["embedding"], value_of(metric, "embedding"), None
         if self.config.tied_embeddings and probe is not None:
-            x_BxLxD, carrier_BxLxD = embed_tied(self.embedding[...], tokens_BxL, probe_B, metric_VxD, dtype=dtype)
+            x_BxLxD, carrier_BxLxD = embed_tied(self.embedding[...], tokens_BxL, probe_B, metric_VxD, dtype=dtype, look_up=look_up)
         else:
-            x_BxLxD = embed(self.embedding[...], tokens_BxL, probe_B, metric_VxD, dtype=dtype)
-        # The table is sharded along its width. Said in two steps, the partitioner exchanges pieces and does not copy the whole.
-        x_BxLxD = constrain(constrain(x_BxLxD, "replica", "length", "embed"), "batch", "length", "residual")
+            x_BxLxD = embed(self.embedding[...], tokens_BxL, probe_B, metric_VxD, dtype=dtype, look_up=look_up)
+        x_BxLxD = constrain(x_BxLxD, "batch", "sequence", "residual")
         if self.config.positions == "learned":
             if tokens_BxL.shape[1] > self.config.context:
                 raise ValueError(f"{tokens_BxL.shape[1]} tokens: there are learned positions for {self.config.context}, the context")
@@ -172,7 +174,7 @@ class Transformer(nnx.Module):
             of_BxLxD = at_LxD[None] if probe is None else per_sequence(at_LxD, probe_B, metric_LxD)
             if probe is None:
                 of_BxLxD = constrain(of_BxLxD, None, "length", "residual")
-            x_BxLxD += constrain(jnp.broadcast_to(of_BxLxD.astype(dtype), x_BxLxD.shape), "batch", "length", "residual")
+            x_BxLxD += constrain(jnp.broadcast_to(of_BxLxD.astype(dtype), x_BxLxD.shape), "batch", "sequence", "residual")
         return x_BxLxD, carrier_BxLxD
 
     def _through_blocks(

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scaling_jax.mesh import batch_shards, constrain, on_one_device
-from scaling_jax.noise_scale import Uses, bias, dense_many, open_uses, per_sequence, scale, use
+from scaling_jax.mesh import constrain, constrain_both_ways, on_one_device, shards_of
+from scaling_jax.noise_scale import Shards, Uses, bias, dense_many, open_uses, per_sequence, scale, use
 
 if TYPE_CHECKING:
     from scaling_jax.model.block import Block
@@ -32,11 +32,29 @@ def value_of(module: nnx.Module | None, name: str) -> Array | None:
     return None if module is None else getattr(module, name)[...]
 
 
+def place_input(x_BxLxD: Array) -> Array:
+    """What the products of a block read, gathered along the length that the residual stream is sharded along; its cotangent is not."""
+    return constrain_both_ways(x_BxLxD, ("batch", "length", "residual"), ("batch", "sequence", "residual"))
+
+
+def place_output(y_BxLxO: Array, axis: str) -> Array:
+    """What a product yields: heads, MLP and vocabulary along their axis, the residual stream along the length; its cotangent whole."""
+    whole = ("batch", "length", axis)
+    return constrain_both_ways(y_BxLxO, ("batch", "sequence", "residual"), whole) if axis == "residual" else constrain(y_BxLxO, *whole)
+
+
+def _shards(block: "Block", name: str) -> Shards:
+    return shards_of(*getattr(block, name).get_metadata()["axes"])
+
+
 class Weights(Protocol):
     """What a block asks for. Names are the block's own; a bias or gain that it has not leaves x as it is."""
 
     def project(self, names: tuple[str, ...], axis: str, x_BxLxI: Array) -> list[Array]:
-        """The projections `names` of one input, with their biases, which lie along the logical `axis`."""
+        """The projections `names` of one input, with their biases, which lie along the logical `axis`.
+
+        What goes back to the residual stream lies as that does (see `place_output`).
+        """
         ...
 
     def gain(self, name: str, x: Array) -> Array:
@@ -56,9 +74,10 @@ class OwnWeights:
     def project(self, names: tuple[str, ...], axis: str, x_BxLxI: Array) -> list[Array]:
         ws_IxO = [value_of(self.block, name) for name in names]
         metrics_IxO = None if self.metric is None else [value_of(self.metric, name) for name in names]
-        ys_BxLxO = dense_many(x_BxLxI, ws_IxO, self._probe(names[0]), metrics_IxO, shards=batch_shards(), joined=on_one_device())
-        biased = (self._bias(f"{name}_bias", y_BxLxO) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True))
-        return [constrain(y_BxLxO, "batch", "length", axis) for y_BxLxO in biased]
+        ys_BxLxO = dense_many(
+            x_BxLxI, ws_IxO, self._probe(names[0]), metrics_IxO, shards=_shards(self.block, names[0]), joined=on_one_device()
+        )
+        return [self._bias(f"{name}_bias", place_output(y_BxLxO, axis)) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True)]
 
     def _bias(self, name: str, x_BxLxO: Array) -> Array:
         if not hasattr(self.block, name):
@@ -79,9 +98,8 @@ class SharedWeights:
         self.block, self.uses, self.copies = block, uses, copies
 
     def project(self, names: tuple[str, ...], axis: str, x_BxLxI: Array) -> list[Array]:
-        ys_BxLxO = (use(x_BxLxI, value_of(self.block, name), self.uses[name], shards=batch_shards()) for name in names)
-        biased = (self._bias(f"{name}_bias", y_BxLxO) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True))
-        return [constrain(y_BxLxO, "batch", "length", axis) for y_BxLxO in biased]
+        ys_BxLxO = (use(x_BxLxI, value_of(self.block, name), self.uses[name], shards=_shards(self.block, name)) for name in names)
+        return [self._bias(f"{name}_bias", place_output(y_BxLxO, axis)) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True)]
 
     def _bias(self, name: str, x_BxLxO: Array) -> Array:
         if name not in self.copies:
@@ -105,5 +123,5 @@ def open_block(
         if param.ndim == 1:
             copies[name] = per_sequence(*of)
         else:
-            carriers[name] = open_uses(*of, uses=uses, length=length, dtype=dtype, shards=batch_shards())
+            carriers[name] = open_uses(*of, uses=uses, length=length, dtype=dtype, shards=_shards(block, name))
     return carriers, copies

@@ -11,6 +11,7 @@ from scaling_jax.noise_scale.any_model import PerExample, check_mean_over_exampl
 from scaling_jax.noise_scale.estimator import NoiseScale, NoiseScaleState, estimates, ratio_interval
 from scaling_jax.noise_scale.per_example import bias, dense, dense_many, embed, embed_tied, scale, unembed, unembed_tied
 from scaling_jax.noise_scale.readout import readout_losses, token_losses
+from scaling_jax.noise_scale.shards import Shards
 from scaling_jax.noise_scale.tracking import TrackedState, track, tracked
 from scaling_jax.noise_scale.two_batches import microbatch_estimates, shard_estimates, two_batch_estimates
 from scaling_jax.noise_scale.uses import Uses, open_uses, per_sequence, use
@@ -19,6 +20,7 @@ __all__ = [
     "NoiseScale",
     "NoiseScaleState",
     "PerExample",
+    "Shards",
     "TrackedState",
     "Uses",
     "bias",

@@ -20,17 +20,19 @@ A parameter may be used once per pass (the pair `embed_tied`, `unembed_tied` cou
 squared norms of several uses do not add up to the squared norm of their sum.
 
 `shards` is the number of devices over which the batch is sharded, in contiguous pieces: the sum then runs over each device's
-own sequences at the same time. It changes the order of the sum and nothing else.
+own sequences at the same time. It changes the order of the sum and nothing else. `Shards` says as well how the devices' sums are added.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from scaling_jax.noise_scale.shards import Shards, as_shards, by_shard, check_shards, over_shards
 
 _LARGEST_PRODUCT = 1 << 24  # entries of one sequence's product that are held at a time: 64 MB
 
@@ -41,7 +43,7 @@ def dense(
     probe_B: Array | None = None,
     metric_IxO: Array | None = None,
     *,
-    shards: int = 1,
+    shards: int | Shards = 1,
     out_dtype: jnp.dtype | None = None,
 ) -> Array:
     """y = x·W, computed in the dtype of x; with a probe the gradient of W is summed in float32.
@@ -68,7 +70,7 @@ def dense_many(
     probe_B: Array | None = None,
     metrics_IxO: Sequence[Array] | None = None,
     *,
-    shards: int = 1,
+    shards: int | Shards = 1,
     joined: bool,
 ) -> list[Array]:
     """[dense(x, w, probe) for each w], as one wide product if `joined`: fewer and larger products, which pays on one device.
@@ -85,16 +87,17 @@ def dense_many(
 
 
 def _plain_or_probed(x_BxLxI, w_IxO, probe_B, metrics_IxO, shards, out_dtype):
+    shards = as_shards(shards)
     if probe_B is None:
         return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards, out_dtype)
-    _check_shards(x_BxLxI.shape[0], shards)
+    check_shards(x_BxLxI.shape[0], shards)
     _check_probe(probe_B, metrics_IxO)
     return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metrics_IxO)
 
 
-def _product(x_BxLxI: Array, w_IxO: Array, shards: int, out_dtype: jnp.dtype | None = None) -> Array:
+def _product(x_BxLxI: Array, w_IxO: Array, shards: Shards, out_dtype: jnp.dtype | None = None) -> Array:
     """x·W. Where nothing is sharded B and L are one axis, since XLA's CPU backend is slow at the gradient of the other form."""
-    if shards > 1:
+    if shards.count > 1:
         return jnp.einsum("bli,io->blo", x_BxLxI, w_IxO, preferred_element_type=out_dtype)
     y_MxO = jnp.matmul(x_BxLxI.reshape(-1, x_BxLxI.shape[2]), w_IxO, preferred_element_type=out_dtype)
     return y_MxO.reshape(*x_BxLxI.shape[:2], -1)
@@ -114,55 +117,60 @@ def _dense_bwd(shards, out_dtype, residuals, dy_BxLxO):
     metric_IxO = None if metrics_IxO is None else jnp.concatenate(metrics_IxO, axis=1)
     dy_BxLxO = dy_BxLxO.astype(x_BxLxI.dtype)
     dx_BxLxI = _product(dy_BxLxO, w_IxO.T.astype(x_BxLxI.dtype), shards)
-    dw_IxO, sq_norms_B = _sum_of_products(x_BxLxI, dy_BxLxO, shards, metric_IxO)
+    dw_IxO, sq_norms_B = _sum_of_products(x_BxLxI, dy_BxLxO, metric_IxO, shards=shards)
     return dx_BxLxI, dw_IxO.astype(w_IxO.dtype), sq_norms_B, None
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)
 
 
-def _sum_of_products(x_BxLxI: Array, dy_BxLxO: Array, shards: int, metric_IxO: Array | None) -> tuple[Array, Array]:
+def _sum_of_products(x_BxLxI: Array, dy_BxLxO: Array, metric_IxO: Array | None, *, shards: Shards) -> tuple[Array, Array]:
     """C = Σ_b x_bᵀ·dy_b and the squares of each C_b, float32; of a large matrix with O ≥ I, a readout's, some rows at a time.
 
     Rows and not columns, as it is the columns of such a matrix that lie across devices.
     """
+    if shards.run is not None:
+        return shards.run(partial(_sum_of_products, shards=Shards()), x_BxLxI, dy_BxLxO, metric_IxO)
     (_, length, rows), columns = x_BxLxI.shape, dy_BxLxO.shape[2]
     fitting = (n for n in range(1, rows + 1) if rows % n == 0 and rows // n * columns <= _LARGEST_PRODUCT)
     tiles = next(fitting, 1) if columns >= rows else 1
     if tiles == 1:
-        return _sum_by_sequence(x_BxLxI, dy_BxLxO, shards, metric_IxO)
+        product_DxIxO, sq_norms_B = _sum_by_sequence(x_BxLxI, dy_BxLxO, shards, metric_IxO)
+        return over_shards(product_DxIxO, shards, x_BxLxI.dtype), sq_norms_B
     x_TxBxLxI = jnp.moveaxis(x_BxLxI.reshape(-1, length, tiles, rows // tiles), 2, 0)
     metric_TxIxO = None if metric_IxO is None else metric_IxO.reshape(tiles, -1, columns)
 
     def add(sq_norms_B, tile):
-        product_IxO, more_B = _sum_by_sequence(tile[0], dy_BxLxO, shards, tile[1])
-        return sq_norms_B + more_B, product_IxO
+        product_DxIxO, more_B = _sum_by_sequence(tile[0], dy_BxLxO, shards, tile[1])
+        return sq_norms_B + more_B, product_DxIxO
 
     zeros_B = jnp.zeros(x_BxLxI.shape[:1] + (() if metric_IxO is None else (2,)), jnp.float32)
-    sq_norms_B, products_TxIxO = jax.lax.scan(add, zeros_B, (x_TxBxLxI, metric_TxIxO))
-    return products_TxIxO.reshape(rows, columns), sq_norms_B
+    sq_norms_B, products_TxDxIxO = jax.lax.scan(add, zeros_B, (x_TxBxLxI, metric_TxIxO))
+    products_DxIxO = products_TxDxIxO.swapaxes(0, 1).reshape(shards.count, rows, columns)
+    return over_shards(products_DxIxO, shards, x_BxLxI.dtype), sq_norms_B
 
 
-def _sum_by_sequence(x_BxLxI: Array, dy_BxLxO: Array, shards: int, metric_IxO: Array | None) -> tuple[Array, Array]:
-    """The same, one sequence of each shard at a time."""
-    if shards == 1:  # XLA's CPU backend is faster at products of two dimensions than of three
+def _sum_by_sequence(x_BxLxI: Array, dy_BxLxO: Array, shards: Shards, metric_IxO: Array | None) -> tuple[Array, Array]:
+    """The same, one sequence of each shard at a time; C is that of each shard, [shards, I, O]."""
+    if shards.count == 1:  # XLA's CPU backend is faster at products of two dimensions than of three
 
         def add_one(total_IxO, x_and_dy):
             product_IxO = jnp.einsum("li,lo->io", *x_and_dy, preferred_element_type=jnp.float32)
             return total_IxO + product_IxO, _squares(product_IxO, metric_IxO)
 
         zeros_IxO = jnp.zeros((x_BxLxI.shape[2], dy_BxLxO.shape[2]), jnp.float32)
-        return jax.lax.scan(add_one, zeros_IxO, (x_BxLxI, dy_BxLxO))
+        total_IxO, sq_norms_B = jax.lax.scan(add_one, zeros_IxO, (x_BxLxI, dy_BxLxO))
+        return total_IxO[None], sq_norms_B
 
-    x_NxDxLxI, dy_NxDxLxO = _by_shard(x_BxLxI, shards), _by_shard(dy_BxLxO, shards)
+    x_NxDxLxI, dy_NxDxLxO = by_shard(x_BxLxI, shards), by_shard(dy_BxLxO, shards)
 
     def add(total_DxIxO, x_and_dy):
         product_DxIxO = jnp.einsum("dli,dlo->dio", *x_and_dy, preferred_element_type=jnp.float32)
         return total_DxIxO + product_DxIxO, jax.vmap(_squares, in_axes=(0, None))(product_DxIxO, metric_IxO)
 
-    zeros_DxIxO = jnp.zeros((shards, x_BxLxI.shape[2], dy_BxLxO.shape[2]), jnp.float32)
+    zeros_DxIxO = jnp.zeros((shards.count, x_BxLxI.shape[2], dy_BxLxO.shape[2]), jnp.float32)
     total_DxIxO, sq_norms_NxD = jax.lax.scan(add, zeros_DxIxO, (x_NxDxLxI, dy_NxDxLxO))
-    return total_DxIxO.sum(0), sq_norms_NxD.swapaxes(0, 1).reshape(-1, *sq_norms_NxD.shape[2:])
+    return total_DxIxO, sq_norms_NxD.swapaxes(0, 1).reshape(-1, *sq_norms_NxD.shape[2:])
 
 
 def _squares(product: Array, metric: Array | None) -> Array:
@@ -176,16 +184,6 @@ def _check_probe(probe_B: Array, metric: Any) -> None:
     wanted = probe_B.shape[:1] if metric is None else (*probe_B.shape[:1], 2)
     if probe_B.shape != wanted:
         raise ValueError(f"a probe of shape {probe_B.shape}: must be {wanted}, one column, or two columns with a metric")
-
-
-def _by_shard(x_B: Array, shards: int) -> Array:
-    """[B, …] -> [B / shards, shards, …], where axis 1 lies across the devices as B did."""
-    return x_B.reshape(shards, -1, *x_B.shape[1:]).swapaxes(0, 1)
-
-
-def _check_shards(batch: int, shards: int) -> None:
-    if batch % shards:
-        raise ValueError(f"a batch of {batch} sequences cannot be divided among {shards} shards")
 
 
 def scale(x_BxLxD: Array, gain_D: Array, probe_B: Array | None = None, metric_D: Array | None = None) -> Array:
@@ -242,6 +240,14 @@ def _bias_bwd(residuals, dy_BxLxD):
 _bias.defvjp(_bias_fwd, _bias_bwd)
 
 
+LookUp = Callable[[Array, Array, jnp.dtype], Array]
+
+
+def rows_of(table_VxD: Array, tokens_BxL: Array, dtype: jnp.dtype) -> Array:
+    """Rows of the table [B, L, D] in `dtype`."""
+    return jnp.take(table_VxD, tokens_BxL, axis=0).astype(dtype)
+
+
 def embed(
     table_VxD: Array,
     tokens_BxL: Array,
@@ -249,19 +255,26 @@ def embed(
     metric_VxD: Array | None = None,
     *,
     dtype: jnp.dtype = jnp.float32,
+    look_up: LookUp = rows_of,
 ) -> Array:
     """Rows of the table, in `dtype`; their gradient is summed in float32.
 
     The cotangent of probe_B is Σ_{l,m} [token_l = token_m]·(dx_l·dx_m), the squared norm of the per-sequence scatter-add
-    without its [V, D] array.
+    without its [V, D] array. `look_up` is `rows_of`, or one that says how they get from where the table lies to where activations do.
     """
     if probe_B is None:
-        return jnp.take(table_VxD, tokens_BxL, axis=0).astype(dtype)
-    return embed_tied(table_VxD, tokens_BxL, probe_B, metric_VxD, dtype=dtype)[0]
+        return look_up(table_VxD, tokens_BxL, dtype)
+    return embed_tied(table_VxD, tokens_BxL, probe_B, metric_VxD, dtype=dtype, look_up=look_up)[0]
 
 
 def embed_tied(
-    table_VxD: Array, tokens_BxL: Array, probe_B: Array, metric_VxD: Array | None = None, *, dtype: jnp.dtype = jnp.float32
+    table_VxD: Array,
+    tokens_BxL: Array,
+    probe_B: Array,
+    metric_VxD: Array | None = None,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    look_up: LookUp = rows_of,
 ) -> tuple[Array, Array]:
     """The embedding of a tied pair: rows of the table, and an all-zero carrier to hand to `unembed_tied`.
 
@@ -272,23 +285,21 @@ def embed_tied(
       x_BxLxD, carrier_BxLxD (float32 zeros).
     """
     _check_probe(probe_B, metric_VxD)
-    return _embed(dtype, table_VxD, tokens_BxL, probe_B, metric_VxD)
+    return _rows(look_up, look_up(table_VxD, tokens_BxL, dtype), tokens_BxL, probe_B, metric_VxD)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _embed(dtype, table_VxD, tokens_BxL, probe_B, metric_VxD):
-    x_BxLxD = jnp.take(table_VxD, tokens_BxL, axis=0).astype(dtype)
+def _rows(look_up, x_BxLxD, tokens_BxL, probe_B, metric_VxD):
     return x_BxLxD, jnp.zeros(x_BxLxD.shape, jnp.float32)
 
 
-def _embed_fwd(dtype, table_VxD, tokens_BxL, probe_B, metric_VxD):
-    return _embed(dtype, table_VxD, tokens_BxL, probe_B, metric_VxD), (table_VxD, tokens_BxL, metric_VxD)
+def _rows_fwd(look_up, x_BxLxD, tokens_BxL, probe_B, metric_VxD):
+    return _rows(look_up, x_BxLxD, tokens_BxL, probe_B, metric_VxD), (tokens_BxL, metric_VxD)
 
 
-def _embed_bwd(dtype, residuals, cotangents):
-    table_VxD, tokens_BxL, metric_VxD = residuals
+def _rows_bwd(look_up, residuals, cotangents):
+    tokens_BxL, metric_VxD = residuals
     dx_BxLxD, u_BxLxD = (c.astype(jnp.float32) for c in cotangents)
-    dtable_VxD = jnp.zeros(table_VxD.shape, jnp.float32).at[tokens_BxL].add(dx_BxLxD)
     same_BxLxL = tokens_BxL[:, :, None] == tokens_BxL[:, None, :]
 
     def sq_norms(weighed_BxLxD: Array) -> Array:  # dx, times its rows of the metric
@@ -297,14 +308,17 @@ def _embed_bwd(dtype, residuals, cotangents):
 
     sq_norms_B = sq_norms(dx_BxLxD)
     if metric_VxD is not None:
-        sq_norms_B = jnp.stack([sq_norms_B, sq_norms(dx_BxLxD * jnp.take(metric_VxD, tokens_BxL, axis=0).astype(jnp.float32))], axis=1)
-    return dtable_VxD.astype(table_VxD.dtype), None, sq_norms_B, None
+        metric_BxLxD = look_up(metric_VxD, tokens_BxL, jnp.float32)
+        sq_norms_B = jnp.stack([sq_norms_B, sq_norms(dx_BxLxD * metric_BxLxD)], axis=1)
+    return cotangents[0], None, sq_norms_B, None
 
 
-_embed.defvjp(_embed_fwd, _embed_bwd)
+_rows.defvjp(_rows_fwd, _rows_bwd)
 
 
-def unembed(h_BxLxD: Array, w_DxV: Array, probe_B: Array | None = None, metric_DxV: Array | None = None, *, shards: int = 1) -> Array:
+def unembed(
+    h_BxLxD: Array, w_DxV: Array, probe_B: Array | None = None, metric_DxV: Array | None = None, *, shards: int | Shards = 1
+) -> Array:
     """Logits h·W of a readout of its own, float32 whatever the dtype of h: `dense` under the name that one looks for."""
     return dense(h_BxLxD, w_DxV, probe_B, metric_DxV, shards=shards, out_dtype=jnp.float32)
 
@@ -317,7 +331,7 @@ def unembed_tied(
     probe_B: Array,
     metric_VxD: Array | None = None,
     *,
-    shards: int = 1,
+    shards: int | Shards = 1,
 ) -> Array:
     """Logits h·tableᵀ of a tied pair.
 
@@ -333,7 +347,8 @@ def unembed_tied(
     Returns:
       logits_BxLxV, float32.
     """
-    _check_shards(h_BxLxD.shape[0], shards)
+    shards = as_shards(shards)
+    check_shards(h_BxLxD.shape[0], shards)
     _check_probe(probe_B, metric_VxD)
     return _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B, metric_VxD)
 
@@ -353,7 +368,7 @@ def _unembed_tied_bwd(shards, residuals, dlogits_BxLxV):
     dlogits_BxLxV = dlogits_BxLxV.astype(h_BxLxD.dtype)
     dh_BxLxD = _product(dlogits_BxLxV, table_VxD.astype(h_BxLxD.dtype), shards)
     metric_DxV = None if metric_VxD is None else metric_VxD.T
-    dtable_DxV, sq_norms_B = _sum_of_products(h_BxLxD, dlogits_BxLxV, shards, metric_DxV)
+    dtable_DxV, sq_norms_B = _sum_of_products(h_BxLxD, dlogits_BxLxV, metric_DxV, shards=shards)
     read_BxMxL = jnp.take_along_axis(dlogits_BxLxV, tokens_BxL[:, None, :], axis=2)
     u_BxLxD = jnp.einsum("bml,bmd->bld", read_BxMxL, h_BxLxD, preferred_element_type=jnp.float32)
     return dh_BxLxD, dtable_DxV.T.astype(table_VxD.dtype), None, u_BxLxD, sq_norms_B, None

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from scaling_jax.noise_scale.per_example import _by_shard, _check_probe, _check_shards, _squares
+from scaling_jax.noise_scale.per_example import _check_probe, _squares
+from scaling_jax.noise_scale.shards import Shards, as_shards, by_shard, check_shards, over_shards
 
 
 def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
@@ -37,7 +38,7 @@ def readout_losses(
     tied: tuple[Array, Array] | None = None,
     *,
     chunk: int,
-    shards: int = 1,
+    shards: int | Shards = 1,
 ) -> Array:
     """`token_losses(h·W, targets)`, holding the logits of at most `chunk` tokens of each shard at a time.
 
@@ -54,7 +55,8 @@ def readout_losses(
     Returns:
       losses_BxL in nats, float32. There are no forward-mode and no second derivatives.
     """
-    _check_shards(h_BxLxD.shape[0], shards)
+    shards = as_shards(shards)
+    check_shards(h_BxLxD.shape[0], shards)
     if probe_B is not None:
         _check_probe(probe_B, metric_DxV)
     length = h_BxLxD.shape[1]
@@ -62,9 +64,9 @@ def readout_losses(
     return _losses(piece, shards, probe_B is not None, h_BxLxD, w_DxV, targets_BxL, probe_B, metric_DxV, tied)
 
 
-def _slices(x_BxL: Array, piece: int, shards: int) -> Array:
+def _slices(x_BxL: Array, piece: int, shards: Shards) -> Array:
     """[B, L, …] -> [sequences of a shard, pieces, shards, piece, …]."""
-    x_NxSxL = _by_shard(x_BxL, shards)
+    x_NxSxL = by_shard(x_BxL, shards)
     return x_NxSxL.reshape(*x_NxSxL.shape[:2], -1, piece, *x_NxSxL.shape[3:]).swapaxes(1, 2)
 
 
@@ -73,9 +75,9 @@ def _whole(x_NxCxSxP: Array, shape: tuple[int, ...]) -> Array:
     return jnp.moveaxis(x_NxCxSxP, 2, 0).reshape(shape)
 
 
-def _over_shards(function: Callable[..., Any], shards: int) -> Callable[..., Any]:
+def _each_shard(function: Callable[..., Any], shards: Shards) -> Callable[..., Any]:
     """`function` of one shard's arrays for arrays with a leading axis, the shards. XLA's CPU backend is slow at an axis of length 1."""
-    if shards > 1:
+    if shards.count > 1:
         return jax.vmap(function)
     return lambda *args: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], args)))
 
@@ -89,7 +91,7 @@ def _losses(piece, shards, probed, h_BxLxD, w_DxV, targets_BxL, probe_B, metric_
     h, targets = (_slices(x, piece, shards) for x in (h_BxLxD, targets_BxL))
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (h, targets))
     w_DxV = w_DxV.astype(h_BxLxD.dtype)
-    one = _over_shards(lambda h_PxD, targets_P: token_losses(_logits(h_PxD, w_DxV), targets_P), shards)
+    one = _each_shard(lambda h_PxD, targets_P: token_losses(_logits(h_PxD, w_DxV), targets_P), shards)
     return _whole(jax.lax.map(lambda slice: one(*slice), flat).reshape(targets.shape), targets_BxL.shape)
 
 
@@ -102,9 +104,9 @@ def _losses_fwd(piece, shards, probed, h_BxLxD, w_DxV, targets_BxL, probe_B, met
 def _losses_bwd(piece, shards, probed, residuals, dlosses_BxL):
     h_BxLxD, w_DxV, targets_BxL, metric_DxV, tokens_BxL = residuals
     inputs = tuple(_slices(x, piece, shards) for x in (h_BxLxD, targets_BxL, dlosses_BxL))
-    tokens_NxSxL = None if tokens_BxL is None else _by_shard(tokens_BxL, shards)
+    tokens_NxSxL = None if tokens_BxL is None else by_shard(tokens_BxL, shards)
     cast_DxV = w_DxV.astype(h_BxLxD.dtype)
-    zeros_SxDxV = jnp.zeros((shards, *w_DxV.shape), jnp.float32)
+    zeros_SxDxV = jnp.zeros((shards.count, *w_DxV.shape), jnp.float32)
 
     def backward(product_DxV, u_LxD, h_PxD, targets_P, dlosses_P, tokens_L):
         """One slice: what it adds to the gradient of W and, of a tied pair, to u; and its dh."""
@@ -121,7 +123,7 @@ def _losses_bwd(piece, shards, probed, residuals, dlosses_BxL):
         u_SxLxD = None if tokens_SxL is None else jnp.zeros((*tokens_SxL.shape, h_BxLxD.shape[2]), jnp.float32)
 
         def add(sums, slice):
-            product_SxDxV, u_SxLxD, dh_SxPxD = _over_shards(backward, shards)(*sums, *slice, tokens_SxL)
+            product_SxDxV, u_SxLxD, dh_SxPxD = _each_shard(backward, shards)(*sums, *slice, tokens_SxL)
             return (product_SxDxV, u_SxLxD), dh_SxPxD
 
         if not probed:  # all sequences in one sum
@@ -131,7 +133,8 @@ def _losses_bwd(piece, shards, probed, residuals, dlosses_BxL):
         return total_SxDxV + product_SxDxV, (dh, u_SxLxD, jax.vmap(_squares, in_axes=(0, None))(product_SxDxV, metric_DxV))
 
     total_SxDxV, (dh, u_NxSxLxD, sq_norms_NxS) = jax.lax.scan(sequence, zeros_SxDxV, (inputs, tokens_NxSxL))
-    dh_BxLxD, dw_DxV = _whole(dh, h_BxLxD.shape), total_SxDxV.sum(0).astype(w_DxV.dtype)
+    dh_BxLxD = _whole(dh, h_BxLxD.shape)
+    dw_DxV = over_shards(total_SxDxV, shards, h_BxLxD.dtype).astype(w_DxV.dtype)
     if not probed:
         return dh_BxLxD, dw_DxV, None, None, None, None
     sq_norms_B = sq_norms_NxS.swapaxes(0, 1).reshape(-1, *sq_norms_NxS.shape[2:])

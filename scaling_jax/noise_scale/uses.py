@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from scaling_jax.noise_scale.per_example import _check_probe, _check_shards, _product, _squares, _sum_of_products
+from scaling_jax.noise_scale.per_example import _check_probe, _product, _squares, _sum_of_products
+from scaling_jax.noise_scale.shards import Shards, as_shards, check_shards
 
 
 @jax.custom_vjp
@@ -60,13 +61,14 @@ def open_uses(
     uses: int,
     length: int,
     dtype: jnp.dtype = jnp.float32,
-    shards: int = 1,
+    shards: int | Shards = 1,
 ) -> Uses:
     """Carriers for so many uses of W, each on x of [B, length, I] in `dtype`.
 
     The gradient of W and the cotangent of probe_B, ‖Σ_uses x_bᵀ·dy_b‖², both come through them.
     """
-    _check_shards(probe_B.shape[0], shards)
+    shards = as_shards(shards)
+    check_shards(probe_B.shape[0], shards)
     _check_probe(probe_B, metric_IxO)
     return _open_uses(uses, length, jnp.dtype(dtype), shards, w_IxO, probe_B, metric_IxO)
 
@@ -84,15 +86,15 @@ def _open_uses_fwd(uses, length, dtype, shards, w_IxO, probe_B, metric_IxO):
 def _open_uses_bwd(uses, length, dtype, shards, metric_IxO, cotangent):
     # Uses one after another along the length: then it is a layer that was used once.
     x_BxLxI, dy_BxLxO = (c.swapaxes(0, 1).reshape(c.shape[1], uses * length, -1) for c in cotangent)
-    return *_sum_of_products(x_BxLxI, dy_BxLxO, shards, metric_IxO), None
+    return *_sum_of_products(x_BxLxI, dy_BxLxO, metric_IxO, shards=shards), None
 
 
 _open_uses.defvjp(_open_uses_fwd, _open_uses_bwd)
 
 
-def use(x_BxLxI: Array, w_IxO: Array, carriers: Uses, *, shards: int = 1) -> Array:
+def use(x_BxLxI: Array, w_IxO: Array, carriers: Uses, *, shards: int | Shards = 1) -> Array:
     """y = x·W, one of the uses that `carriers`, an element of what `open_uses` made, is for."""
-    return _use(shards, x_BxLxI, jax.lax.stop_gradient(w_IxO), carriers)
+    return _use(as_shards(shards), x_BxLxI, jax.lax.stop_gradient(w_IxO), carriers)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from scaling_jax import optimizer
 from scaling_jax.errors import UserError
 from scaling_jax.mesh import sharding, spec
-from scaling_jax.model import Probe, Transformer, TransformerConfig, token_losses
+from scaling_jax.model import BLOCK, Probe, Transformer, TransformerConfig, token_losses
 from scaling_jax.noise_scale import NoiseScale, NoiseScaleState
 from scaling_jax.parametrization import Parametrization
 from scaling_jax.train.batch_size import microbatches
@@ -48,8 +48,15 @@ class StepMetrics(NamedTuple):
     noise_step: dict[str, Measured] | None  # this step's own estimates
 
 
-def transformer_config(config: ConfigDict) -> TransformerConfig:
-    return TransformerConfig(**config.model)
+def transformer_config(config: ConfigDict, platform: str = "cpu") -> TransformerConfig:
+    """The model's shape, with the attention that `auto` means on a platform."""
+    model = dict(config.model)
+    if model["attention"] == "auto":
+        kernel = platform == "tpu" and config.model.context % BLOCK == 0 and not config.model.dropout
+        model["attention"] = "splash" if kernel else "einsum"
+    elif model["attention"] == "splash" and platform != "tpu":
+        model["attention"] = "splash_interpreted"
+    return TransformerConfig(**model)
 
 
 def parametrization(config: ConfigDict) -> Parametrization:
@@ -69,6 +76,7 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, mesh: Mesh | None = None, model: Callable[..., nnx.Module] = Transformer):
         self.config, self.mesh, self.model = config, mesh, model
+        self.platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self.optimizer = optimizer.adamw(config)
         abstract = nnx.eval_shape(self._model)
         self.graph, _ = nnx.split(abstract)
@@ -89,7 +97,7 @@ class Trainer:
         self._jit_eval = jax.jit(lambda params, tokens_BxL: _token_losses(self.graph, params, tokens_BxL))
 
     def _model(self, key: Array | int = 0) -> nnx.Module:
-        return self.model(transformer_config(self.config), parametrization(self.config), rngs=nnx.Rngs(key))
+        return self.model(transformer_config(self.config, self.platform), parametrization(self.config), rngs=nnx.Rngs(key))
 
     def _init(self, key: Array) -> TrainState:
         params = nnx.state(self._model(key), nnx.Param)
@@ -121,12 +129,17 @@ class Trainer:
         """Loss of every token [B, context] of sequences of context + 1 tokens, in nats."""
         return self._in_mesh(self._jit_eval, params, tokens_BxL)
 
-    def lower_step(self, sequences: int, measure: bool = True) -> jax.stages.Lowered:
-        """The step for a batch of so many sequences, lowered and not compiled."""
+    def trace_step(self, sequences: int, measure: bool = True) -> jax.stages.Traced:
+        """The step for a batch of so many sequences, traced and not compiled."""
         accumulation = microbatches(self.config, sequences)
         shape = (accumulation, sequences // accumulation, self.config.model.context + 1)
         tokens_AxBxL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
-        return self._in_mesh(self._jit_step.lower, self.abstract_sharded_state, tokens_AxBxL, measure)
+        return self._in_mesh(self._jit_step.trace, self.abstract_sharded_state, tokens_AxBxL, measure)
+
+    def lower_step(self, sequences: int, measure: bool = True) -> jax.stages.Lowered:
+        """The same, lowered."""
+        traced = self.trace_step(sequences, measure)
+        return self._in_mesh(traced.lower)
 
 
 def _train_step(trainer: Trainer, state: TrainState, tokens_AxBxL: Array, measure: bool) -> tuple[TrainState, StepMetrics]:

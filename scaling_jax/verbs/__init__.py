@@ -2,6 +2,7 @@
 
 from scaling_jax.verbs.branch import BRANCH
 from scaling_jax.verbs.common import Verb
+from scaling_jax.verbs.compile import COMPILE
 from scaling_jax.verbs.coord_check import COORD_CHECK
 from scaling_jax.verbs.eval import EVAL
 from scaling_jax.verbs.export import EXPORT
@@ -17,6 +18,7 @@ VERBS: dict[str, Verb] = {
     "train-tokenizer": TRAIN_TOKENIZER,
     "parametrization": PARAMETRIZATION,
     "coord-check": COORD_CHECK,
+    "compile": COMPILE,
     "branch": BRANCH,
     "eval": EVAL,
     "sample": SAMPLE,
