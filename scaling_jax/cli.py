@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
 from scaling_jax.verbs import VERBS
-from scaling_jax.verbs.process import use_compilation_cache
+from scaling_jax.verbs.process import leave_out_absent_tpu, use_compilation_cache
 
 __all__ = ["VERBS", "main", "use_compilation_cache"]
 
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in VERBS:
         print(f"scaling-jax: no such verb: {name}{_did_you_mean(name, VERBS)}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    leave_out_absent_tpu()
     try:
         values = _parse(name, rest)
         code = VERBS[name].run(values) if values is not None else 0

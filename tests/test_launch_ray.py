@@ -57,7 +57,7 @@ def test_hosts_are_asked_for_one_by_one_and_joined(cloud):
     told = [(call[4], call[-1]) for call in cloud.calls() if call[3] == "ssh"]
     assert [name for name, _ in told] == ["sweep-0", "sweep-1"]
     assert "--head --port=6379" in told[0][1] and "--address=10.0.0.7:6379" in told[1][1]
-    assert ".[tpu,wandb,sweep]" in (cloud.home(0) / "uv").read_text()
+    assert ".[tpu,wandb,ray]" in (cloud.home(0) / "uv").read_text()
     status, head, worker = calls_of_ray(cloud)
     assert status[0] == ["status", "--address=127.0.0.1:6379"] and "--head" in head[0] and "--address=10.0.0.7:6379" in worker[0]
     for arguments, token, path, cwd, save_seconds in (head, worker):

@@ -30,7 +30,7 @@ SMALL = {
 def clone(tmp_path_factory):
     """A folder as the commands expect it: configs and benchmarks beside texts of one's own."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("configs", "benchmarks"):
+    for name in ("configs", "benchmarks", "launch"):
         (folder / name).symlink_to(ROOT / name)
     rng = np.random.default_rng(0)
     for name, count in (("texts", 20), ("other", 3)):
@@ -58,6 +58,9 @@ def small(command):
         command = command.replace("--profile_at_tokens=100000", "--profile_at_tokens=1000")
         command = command.replace("(400384,800768)", "(2048,4096)").replace("400000=2048,800000=4096", "2048=512,4096=1024")
         return command + "".join(f" --config.{name}={value}" for name, value in small.items())
+    if "scaling-jax compile" in command:
+        small = "".join(f" --config.model.{name}={value}" for name, value in {"width": 256, "depth": 2, "vocab_size": 512}.items())
+        return command.replace("find_compiled=2", "find_compiled=1") + small
     if "scaling-jax coord-check" in command:
         smaller = re.sub(r"--widths=\S+", "--widths=32,64,128", command)
         return smaller + " --config.model.head_dim=8 --config.model.context=16 --batch_tokens=256 --steps=5"
@@ -67,6 +70,8 @@ def small(command):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "scaling-jax" in c])
 def test_command(command, clone):
     """In order: later ones use what earlier ones made."""
+    if "scaling-jax compile" in command:
+        pytest.importorskip("libtpu")
     run = small(command).replace("scaling-jax", f"{shlex.quote(sys.executable)} -m scaling_jax")
     done = subprocess.run(run, shell=True, cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -74,7 +79,14 @@ def test_command(command, clone):
         assert {"metrics.jsonl", "summary.json", "config.json", "figures"} <= {p.name for p in (clone / workdir[1]).iterdir()}
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "scaling-jax" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "launch/" in c])
+def test_launch_command(command, clone):
+    done = subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "gcloud" in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "benchmarks/" in c])
 def test_benchmark_command_is_understood(command, clone):
     """Each script answers --help and knows the flags that the README gives it; what they do is tested by module."""
     arguments = shlex.split(command)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from scaling_jax.errors import UserError
-from scaling_jax.mesh import batch_shards, constrain, shards_of
+from scaling_jax.mesh import batch_shards, constrain, constrain_both_ways, on_one_device, shards_of
 from scaling_jax.model.attention import SAVED
 from scaling_jax.model.block import Block, Tap, no_tap
 from scaling_jax.model.cache import Cache
@@ -122,6 +122,9 @@ class Transformer(nnx.Module):
         w_DxV, metric_DxV = (
             None if w is None else w.T if self.config.tied_embeddings else w for w in (value_of(self, name), value_of(metric, name))
         )
+        if not on_one_device():  # gathered once, and not for every piece
+            w_DxV = constrain_both_ways(w_DxV.astype(h_BxLxD.dtype), (None, "vocab"), ("embed", "vocab"))
+            metric_DxV = None if metric_DxV is None else constrain(metric_DxV, None, "vocab")
         tied = None if carrier_BxLxD is None else (tokens_BxL, carrier_BxLxD)
         of_sizes = {"chunk": chunk, "shards": shards_of("embed", "vocab")}
         return readout_losses(h_BxLxD, w_DxV, targets_BxL, self._read_out_probe(probe), metric_DxV, tied, **of_sizes)
