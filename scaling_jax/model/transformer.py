@@ -20,13 +20,13 @@ from scaling_jax.model.cache import Cache
 from scaling_jax.model.layers import Dropout, rms_norm
 from scaling_jax.model.lookup import look_up
 from scaling_jax.model.shape import TransformerConfig
-from scaling_jax.model.weights import OwnWeights, Probe, SharedWeights, open_block, place_input, place_output, value_of
+from scaling_jax.model.weights import PROJECTION, OwnWeights, Probe, SharedWeights, open_block, place_input, place_output, value_of
 from scaling_jax.noise_scale import embed, embed_tied, per_sequence, readout_losses, scale, token_losses, unembed, unembed_tied
 from scaling_jax.parameters import Parameters
 from scaling_jax.parametrization import Parametrization
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps the projections' outputs
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -174,7 +174,7 @@ class Transformer(nnx.Module):
                 None if table is None else jax.lax.dynamic_slice_in_dim(table, start, tokens_BxL.shape[1])
                 for table in (value_of(self, "position_embedding"), value_of(metric, "position_embedding"))
             )
-            of_BxLxD = at_LxD[None] if probe is None else per_sequence(at_LxD, probe_B, metric_LxD)
+            of_BxLxD = at_LxD[None] if probe is None else per_sequence(at_LxD, probe_B, metric_LxD, shards=shards_of(None, "embed"))
             if probe is None:
                 of_BxLxD = constrain(of_BxLxD, None, "length", "residual")
             x_BxLxD += constrain(jnp.broadcast_to(of_BxLxD.astype(dtype), x_BxLxD.shape), "batch", "sequence", "residual")

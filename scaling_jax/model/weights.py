@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from scaling_jax.mesh import constrain, constrain_both_ways, on_one_device, shards_of
 from scaling_jax.noise_scale import Shards, Uses, bias, dense_many, open_uses, per_sequence, scale, use
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from scaling_jax.model.block import Block
 
 KINDS = ("embedding", "attention", "mlp", "unembedding")  # of parameters; entries of a probe
+
+PROJECTION = "projection"  # name of what the remat policy `dots` keeps: it does not see the products themselves where there is a probe
 
 Probe = dict[str, Array]  # by kind: [B], or [depth, B] of what every block has; with a metric one more axis, of length 2
 
@@ -77,7 +80,8 @@ class OwnWeights:
         ys_BxLxO = dense_many(
             x_BxLxI, ws_IxO, self._probe(names[0]), metrics_IxO, shards=_shards(self.block, names[0]), joined=on_one_device()
         )
-        return [self._bias(f"{name}_bias", place_output(y_BxLxO, axis)) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True)]
+        ys_BxLxO = (self._bias(f"{name}_bias", place_output(y_BxLxO, axis)) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True))
+        return [checkpoint_name(y_BxLxO, PROJECTION) for y_BxLxO in ys_BxLxO]
 
     def _bias(self, name: str, x_BxLxO: Array) -> Array:
         if not hasattr(self.block, name):
@@ -99,7 +103,8 @@ class SharedWeights:
 
     def project(self, names: tuple[str, ...], axis: str, x_BxLxI: Array) -> list[Array]:
         ys_BxLxO = (use(x_BxLxI, value_of(self.block, name), self.uses[name], shards=_shards(self.block, name)) for name in names)
-        return [self._bias(f"{name}_bias", place_output(y_BxLxO, axis)) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True)]
+        ys_BxLxO = (self._bias(f"{name}_bias", place_output(y_BxLxO, axis)) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True))
+        return [checkpoint_name(y_BxLxO, PROJECTION) for y_BxLxO in ys_BxLxO]
 
     def _bias(self, name: str, x_BxLxO: Array) -> Array:
         if name not in self.copies:

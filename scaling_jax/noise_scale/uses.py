@@ -17,33 +17,36 @@ import jax.numpy as jnp
 from jax import Array
 
 from scaling_jax.noise_scale.per_example import _check_probe, _product, _squares, _sum_of_products
-from scaling_jax.noise_scale.shards import Shards, as_shards, check_shards
+from scaling_jax.noise_scale.shards import Shards, as_shards, by_shard, check_shards, over_shards
 
 
-@jax.custom_vjp
-def _per_sequence(param, probe_B, metric):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _per_sequence(shards, param, probe_B, metric):
     return jnp.broadcast_to(param[None], (probe_B.shape[0], *param.shape))
 
 
-def _per_sequence_fwd(param, probe_B, metric):
-    return _per_sequence(param, probe_B, metric), metric
+def _per_sequence_fwd(shards, param, probe_B, metric):
+    return _per_sequence(shards, param, probe_B, metric), metric
 
 
-def _per_sequence_bwd(metric, dcopies):
-    return dcopies.sum(0), jax.vmap(_squares, in_axes=(0, None))(dcopies, metric), None
+def _per_sequence_bwd(shards, metric, dcopies):
+    total = over_shards(by_shard(dcopies, shards).sum(0), shards, dcopies.dtype)
+    return total.astype(dcopies.dtype), jax.vmap(_squares, in_axes=(0, None))(dcopies, metric), None
 
 
 _per_sequence.defvjp(_per_sequence_fwd, _per_sequence_bwd)
 
 
-def per_sequence(param: Array, probe_B: Array, metric: Array | None = None) -> Array:
+def per_sequence(param: Array, probe_B: Array, metric: Array | None = None, *, shards: int | Shards = 1) -> Array:
     """A copy of a parameter for every sequence, [B, …], to be used any number of times in any way.
 
     The cotangent of probe_B is the squared norm of what reaches each copy: of a gain or bias, of learned positions. It takes the memory of
     B gradients, so it is for small parameters.
     """
     _check_probe(probe_B, metric)
-    return _per_sequence(param, probe_B, metric)
+    shards = as_shards(shards)
+    check_shards(probe_B.shape[0], shards)
+    return _per_sequence(shards, param, probe_B, metric)
 
 
 class Uses(NamedTuple):
