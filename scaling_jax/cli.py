@@ -1,7 +1,7 @@
 """`scaling-jax VERB --flag=value …`, the same as `python -m scaling_jax VERB …`.
 
 Exit codes: 0 done; 1 the run diverged (of branches, that with the run's own batch), or the check failed; 2 bad input, with one message
-and nothing half-written; 128 + n stopped by signal n, saved.
+and nothing half-written; 3 another process of the run failed, and the same command continues; 128 + n stopped by signal n, saved.
 """
 
 import difflib

@@ -240,3 +240,9 @@ def test_a_gap_is_read_no_further_than_its_first_end_token(documents, monkeypatc
     monkeypatch.setattr(documents, "read", lambda start, count: read.append(count) or np.full(count, 255))
     assert documents_between(documents, 2, np.array([0, 1, 60_000])).tolist() == [False, False, True]
     assert read == [1 << 14]
+
+
+def test_rows_of_a_batch_are_those_of_the_whole(stream):
+    for src in (source(stream), source(stream, train_tokens=300)):
+        rows = np.asarray([1, 4, 5, 7])
+        np.testing.assert_array_equal(src.batch(3, 8, rows), src.batch(3, 8)[rows])

@@ -133,8 +133,9 @@ class TokenSource:
         spread_seed = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
         self._order = grain.MapDataset.range(self.sequences_per_epoch).shuffle(seed=spread_seed).repeat()
 
-    def blocks(self, first_sequence: int, count: int) -> np.ndarray:
-        """Block ids of sequences first_sequence, …, first_sequence + count - 1 of the run, int64 [count].
+    def blocks(self, first_sequence: int, count: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Block ids of sequences first_sequence, …, first_sequence + count - 1 of the run, int64 [count]; with `rows` of those alone,
+        counted from first_sequence.
 
         Raises:
           UserError: they reach into a second epoch, and `repeat` is off.
@@ -142,18 +143,20 @@ class TokenSource:
         if first_sequence < 0 or count < 0:
             raise IndexError(f"sequences {first_sequence} to {first_sequence + count} asked for")
         self.check_length((first_sequence + count) * self.context)
-        ids = [self._order[sequence] for sequence in range(first_sequence, first_sequence + count)]
+        wanted = range(first_sequence, first_sequence + count) if rows is None else (first_sequence + rows).tolist()
+        ids = [self._order[sequence] for sequence in wanted]
         if self._subset is not None:
             ids = [self._subset[i] for i in ids]
         return np.asarray(ids, np.int64)
 
-    def batch(self, first_sequence: int, count: int) -> np.ndarray:
-        """Sequences first_sequence, …, first_sequence + count - 1 of the run, int32 [count, context + 1].
+    def batch(self, first_sequence: int, count: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Sequences first_sequence, …, first_sequence + count - 1 of the run, int32 [count, context + 1]; with `rows` those alone,
+        counted from first_sequence: what one process reads of a batch.
 
         Raises:
           UserError: they reach into a second epoch, and `repeat` is off.
         """
-        return read_blocks(self.stream, self.context, self.blocks(first_sequence, count))
+        return read_blocks(self.stream, self.context, self.blocks(first_sequence, count, rows))
 
     def check_length(self, train_tokens_of_run: int) -> None:
         """Raises UserError if a run of so many tokens, whole batches, needs a second epoch that `repeat` does not allow."""

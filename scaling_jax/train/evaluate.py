@@ -1,17 +1,20 @@
 """Held-out loss, of every domain, on the same sequences each time: per token, per position and per byte, with errors over documents."""
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from scaling_jax.data.corpus import RunData
 from scaling_jax.data.shards import TokenStream
 from scaling_jax.data.source import document_ids, documents_between, read_blocks, spread_blocks
+from scaling_jax.train.batches import own_rows, place_rows
 from scaling_jax.train.document_error import RatioByDocument
 from scaling_jax.train.step import Trainer
 
@@ -64,18 +67,13 @@ class HeldOut:
     def tokens(self) -> int:
         return len(self.blocks) * self.context
 
-    def read(self) -> np.ndarray:
-        """All its sequences, int32 [N, context + 1]."""
-        return read_blocks(self.stream, self.context, self.blocks)
+    def read(self, numbers_N: np.ndarray | None = None) -> np.ndarray:
+        """Its sequences of these numbers, by default all, int32 [N, context + 1]."""
+        return read_blocks(self.stream, self.context, self.blocks if numbers_N is None else self.blocks[numbers_N])
 
-    def pieces(self, sequences: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """So many sequences at a time, [n, context + 1], with the documents of their targets, [n, context]."""
-        first = 0
-        for start in range(0, len(self.blocks), sequences):
-            part = slice(start, start + sequences)
-            tokens_BxL = read_blocks(self.stream, self.context, self.blocks[part])
-            documents_BxT, first = document_ids(tokens_BxL, self.between_N[part], self.stream.index.tokenizer.end_token, first)
-            yield tokens_BxL, documents_BxT
+    def documents(self, tokens_BxL: np.ndarray, start: int, first: int) -> tuple[np.ndarray, int]:
+        """The documents of the targets of its sequences from number `start` on, [B, context], and `first` for those that follow."""
+        return document_ids(tokens_BxL, self.between_N[start : start + len(tokens_BxL)], self.stream.index.tokenizer.end_token, first)
 
 
 class Evaluator:
@@ -103,8 +101,8 @@ class Evaluator:
 
     def losses(self, params: nnx.State, tokens_NxL: np.ndarray) -> np.ndarray:
         """Loss of every sequence, float64 [N]."""
-        pieces = ((tokens_NxL[start : start + self.batch], None) for start in range(0, len(tokens_NxL), self.batch))
-        return np.concatenate([losses_BxT.mean(1) for losses_BxT, *_ in _with_losses(self.trainer, params, pieces, self.batch)])
+        found = _with_losses(self.trainer, params, tokens_NxL.__getitem__, len(tokens_NxL), self.batch)
+        return np.concatenate([losses_BxT.mean(1) for losses_BxT, _ in found])
 
 
 def batch_sequences(config: ConfigDict) -> int:
@@ -121,7 +119,7 @@ def evaluate(
     by_position: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Evaluates one domain, in memory that does not grow with it.
+    """Evaluates one domain, in memory that does not grow with it. Of several processes each reads a part, and all find the same.
 
     Args:
       trainer: of the model.
@@ -134,8 +132,10 @@ def evaluate(
     edges = position_edges(held_out.context) if by_position else []
     total, bits, each = RatioByDocument(), RatioByDocument(), RatioByDocument(held_out.context)
     bins = [RatioByDocument() for _ in edges[1:]]
-    tokens = 0
-    for losses_BxT, tokens_BxL, documents_BxT in _with_losses(trainer, params, held_out.pieces(batch), batch):
+    tokens = sequences = first = 0
+    for losses_BxT, tokens_BxL in _with_losses(trainer, params, held_out.read, len(held_out.blocks), batch):
+        documents_BxT, first = held_out.documents(tokens_BxL, sequences, first)
+        sequences += len(tokens_BxL)
         ones_BxT = np.ones_like(losses_BxT)
         total.add(*map(_column, (losses_BxT, ones_BxT, documents_BxT)))
         if held_out.bytes_V is not None:
@@ -161,23 +161,42 @@ def position_edges(context: int) -> list[int]:
 
 
 def _with_losses(
-    trainer: Trainer, params: nnx.State, pieces: Iterable[tuple[np.ndarray, Any]], batch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-    """(loss of every token, float64 [n, context], and the piece) for each piece of at most `batch` sequences."""
-    pending = None  # on the device, while the host reads the next piece
-    for tokens_NxL, of_piece in pieces:
-        tokens_BxL = np.pad(tokens_NxL, ((0, batch - len(tokens_NxL)), (0, 0)), mode="edge")  # one shape, one program
-        if trainer.eval_sharding is not None:
-            tokens_BxL = jax.device_put(tokens_BxL, trainer.eval_sharding)
-        before, pending = pending, (trainer.eval(params, tokens_BxL), tokens_NxL, of_piece)
+    trainer: Trainer, params: nnx.State, read: Callable[[np.ndarray], np.ndarray], count: int, batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(loss of every token, float64 [n, context], and the tokens, int32 [n, context + 1]) of `batch` sequences at a time.
+
+    `read` gives the sequences of these numbers, from 0 to count - 1.
+    """
+    sharding = trainer.eval_sharding
+    pending = None  # on the device, while the host reads the next ones
+    for start in range(0, count, batch):
+        n = min(batch, count - start)
+        if sharding is None or sharding.is_fully_addressable:
+            tokens_NxL = read(np.arange(start, start + n))
+            tokens_BxL = np.pad(tokens_NxL, ((0, batch - n), (0, 0)), mode="edge")  # one shape, one program
+            if sharding is not None:
+                tokens_BxL = jax.device_put(tokens_BxL, sharding)
+            computed = trainer.eval(params, tokens_BxL), tokens_NxL
+        else:
+            shape = batch, trainer.config.model.context + 1
+            own_NxL = read(start + np.minimum(own_rows(sharding, shape), n - 1))
+            tokens_BxL = place_rows(own_NxL, sharding, shape)
+            computed = _replicate(sharding.mesh)(trainer.eval(params, tokens_BxL), tokens_BxL)
+        before, pending = pending, (*computed, n)
         if before is not None:
             yield _on_host(*before)
     if pending is not None:
         yield _on_host(*pending)
 
 
-def _on_host(losses_BxT: jax.Array, tokens_NxL: np.ndarray, of_piece: Any) -> tuple[np.ndarray, np.ndarray, Any]:
-    return np.asarray(losses_BxT, np.float64)[: len(tokens_NxL)], tokens_NxL, of_piece
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[..., tuple[jax.Array, ...]]:
+    """Gives every process the whole of arrays of which it has a part."""
+    return jax.jit(lambda *arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _on_host(losses_BxT: jax.Array, tokens_BxL: jax.Array | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(losses_BxT, np.float64)[:n], np.asarray(tokens_BxL)[:n]
 
 
 def _column(x_BxT: np.ndarray) -> np.ndarray:

@@ -5,15 +5,12 @@ import errno
 import functools
 import math
 import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_jax import batch_schedule
@@ -27,12 +24,15 @@ from scaling_jax.train import checkpoint as checkpoint_lib
 from scaling_jax.train import profile, wandb
 from scaling_jax.train import workdir as workdir_lib
 from scaling_jax.train.applied import applied_table
-from scaling_jax.train.batch_size import UNKNOWN, Followed, microbatches, replay
+from scaling_jax.train.batch_size import KEY, UNKNOWN, Followed, replay
+from scaling_jax.train.batches import Batches
 from scaling_jax.train.checkpoint import Checkpoints, Start
 from scaling_jax.train.evaluate import Evaluator
-from scaling_jax.train.metrics import NOISE_KEYS, MetricsWriter, Progress, read_records, train_record
-from scaling_jax.train.noise import PRECONDITIONED
-from scaling_jax.train.step import StepMetrics, Trainer, TrainState, transformer_config
+from scaling_jax.train.hosts import ALONE, Hosts
+from scaling_jax.train.metrics import NOISE_KEYS, MetricsWriter, Progress, Unwritten, read_records, train_record
+from scaling_jax.train.step import StepMetrics, Trainer, TrainState
+from scaling_jax.train.stopping import Stop
+from scaling_jax.train.summary import summarize
 
 
 class _NotFinite(Exception):
@@ -55,6 +55,7 @@ def train(
     start: Start | None = None,
     profile_at_tokens: Sequence[int] = (),
     report: Callable[[dict[str, Any]], Sequence[Path]] | None = None,
+    hosts: Hosts = ALONE,
 ) -> dict[str, Any]:
     """Trains, or continues, the run that `config` describes in `workdir`; returns what summary.json holds.
 
@@ -70,26 +71,33 @@ def train(
       profile_at_tokens: positions after which a few steps are traced, into workdir/profile (`profile.StepTraces`).
       report: called with the summary, once it is written, unless the run was interrupted. It returns the figures (PNG) that TensorBoard
         and W&B show as well, and may add to the summary.
+      hosts: the processes that train together, each of which calls this with the same arguments (`scaling_jax.train.joining.joined`).
+        The first of them alone writes, but for its part of a checkpoint, and calls `report`.
 
     Raises:
       UserError: the config, the data, the work directory or the disk do not allow the run.
     """
+    if jax.process_count() != hosts.count:
+        raise ValueError(f"{jax.process_count()} processes: train needs the hosts that scaling_jax.train.joining.joined gives")
     workdir = Path(workdir)
     devices = jax.devices()
     config_lib.resolve_mesh(config, len(devices))
     config_lib.validate(config, len(devices))
     profile.check(profile_at_tokens, _end_tokens(config))
-    wandb.check(config.logging.wandb)
-    data = open_run_data(config, verify=config.data.verify)
+    hosts.do(lambda: wandb.check(config.logging.wandb))
+    data = open_run_data(config, verify=config.data.verify and hosts.first)
+    contents = {"the training data": data.train.stream} | {f"domain {name}": stream for name, stream in data.domains.items()}
+    hosts.agree(**{f"content of {name}": stream.index.fingerprint for name, stream in contents.items()})
     followed = Followed(config)
     others = {} if followed.fingerprint is None else {"batch.follow": f"law {followed.fingerprint}"}
     if start is not None:
         start = Start(Path(start.workdir), start.tokens)
         others["start"] = _check_start(config, workdir, start, data, overwrite)
-    lock = workdir_lib.claim(workdir, config, data.fingerprint, overwrite, others)
+    hosts.agree(**others)
+    lock = workdir_lib.claim(workdir, config, data.fingerprint, overwrite, others, hosts)
     try:
-        with Checkpoints(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_at_tokens) as checkpoints:
-            return _Run(config, workdir, data, checkpoints, followed, start).run(profile_at_tokens, report)
+        with Checkpoints(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_at_tokens, hosts) as checkpoints:
+            return _Run(config, workdir, data, checkpoints, followed, start, hosts).run(profile_at_tokens, report)
     except Exception as error:
         if _is_full_disk(error):
             raise UserError(
@@ -127,59 +135,69 @@ def _check_start(config: ConfigDict, workdir: Path, start: Start, data: RunData,
 
 
 class _Run:
-    def __init__(self, config: ConfigDict, workdir: Path, data: RunData, checkpoints: Checkpoints, followed: Followed, start: Start | None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        data: RunData,
+        checkpoints: Checkpoints,
+        followed: Followed,
+        start: Start | None,
+        hosts: Hosts,
+    ):
         self.config, self.workdir, self.data, self.checkpoints = config, workdir, data, checkpoints
-        self.followed, self.start = followed, start
+        self.followed, self.start, self.hosts = followed, start, hosts
         # On one device there is nothing to shard, and the model runs as in anybody's loop.
         mesh = config.mesh
         self.mesh = make_mesh(mesh.replica, mesh.fsdp, mesh.tensor, mesh.member) if len(jax.devices()) > 1 else None
         self.trainer = Trainer(config, self.mesh)
         self.evaluator = Evaluator(config, data, self.trainer)
+        self.batches = Batches(config, data.train, self.trainer.batch_sharding)
         self.end_tokens = _end_tokens(config)
-        self.progress = Progress(self.end_tokens, config.logging.console_seconds, show_batch=config.batch.schedule != "constant")
+        follows = config.batch.schedule != "constant"
+        self.progress = Progress(self.end_tokens, config.logging.console_seconds, show_batch=follows, quiet=not hosts.first)
         self.context, self.total_tokens = config.model.context, config.train.tokens
         self.held_out: float | None = None
         self.noise_keys: dict[str, Any] = {}
-        self.stop_signal: int | None = None
+        self.stop = Stop(hosts)
 
     def run(self, profile_at_tokens: Sequence[int], report: Callable[[dict[str, Any]], Sequence[Path]] | None) -> dict[str, Any]:
+        hosts = self.hosts
         state, tokens = self.restore_or_init()
-        if tokens >= self.total_tokens and (finished := workdir_lib.finished_summary(self.workdir)):
+        if tokens >= self.total_tokens and (finished := hosts.tell(lambda: workdir_lib.finished_summary(self.workdir))):
             self.progress.say(f"{self.workdir}: already finished; --overwrite trains it again")
             if report is not None:
-                report(finished)
+                hosts.do(lambda: report(finished))
             return finished
         table = applied_table(self.trainer, state)
-        self.table_fingerprint = table["fingerprint"]
-        workdir_lib.write_json(self.workdir / workdir_lib.TABLE_FILE, table)
-        self.batch_size, _ = replay(self.config, read_records(self.workdir), self.start.tokens if self.start else 0, tokens)
-        self.traces = profile.StepTraces(self.workdir / profile.DIRECTORY, profile_at_tokens, tokens, self.progress.say)
-        use_wandb = self.config.logging.wandb and jax.process_index() == 0
-        start_wandb = functools.partial(wandb.WandbRun, self.config, self.workdir, self.progress.say) if use_wandb else None
-        self.writer = MetricsWriter(self.workdir, tokens, self.config.logging.tensorboard, start_wandb)
+        hosts.do(lambda: workdir_lib.write_json(self.workdir / workdir_lib.TABLE_FILE, table))
+        decisions = hosts.tell(lambda: [record for record in read_records(self.workdir) if KEY in record])
+        self.batch_size, _ = replay(self.config, decisions, self.start.tokens if self.start else 0, tokens)
+        at_tokens = profile_at_tokens if hosts.first else ()
+        self.traces = profile.StepTraces(self.workdir / profile.DIRECTORY, at_tokens, tokens, self.progress.say)
+        start_wandb = functools.partial(wandb.WandbRun, self.config, self.workdir, self.progress.say) if self.config.logging.wandb else None
+        writer = hosts.do(lambda: MetricsWriter(self.workdir, tokens, self.config.logging.tensorboard, start_wandb))
+        self.writer = writer or Unwritten()
         self.saved_tokens = tokens if tokens in self.checkpoints.tokens() else None
         started = time.monotonic()
         with contextlib.closing(self.writer):
             try:
-                with self.stopping_at_signals():
+                with self.stop.heeding_signals():
                     status, step, tokens = self.steps(state)
                     self.checkpoints.wait()
             finally:
                 self.progress.end()
-            summary = self.summary(status, step, tokens, time.monotonic() - started)
-            workdir_lib.write_json(self.workdir / workdir_lib.SUMMARY_FILE, summary)
-            self.writer.end(summary, () if report is None or status == "interrupted" else report(summary))
-        return summary
 
-    @contextlib.contextmanager
-    def stopping_at_signals(self) -> Iterator[None]:
-        stops = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-        previous = {number: signal.signal(number, self.on_signal) for number in stops}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            def conclude() -> dict[str, Any]:
+                summary = {"status": status, "signal": self.stop.signal if status == "interrupted" else None}
+                summary |= summarize(self.trainer, self.workdir, step, tokens)
+                summary |= {"parametrization_fingerprint": table["fingerprint"], "checkpoints": self.checkpoints.tokens()}
+                summary["timing"] = {"seconds": round(time.monotonic() - started, 1)}
+                workdir_lib.write_json(self.workdir / workdir_lib.SUMMARY_FILE, summary)
+                self.writer.end(summary, () if report is None or status == "interrupted" else report(summary))
+                return summary
+
+            return hosts.tell(conclude) | {"signal": self.stop.signal if status == "interrupted" else None}
 
     def restore_or_init(self) -> tuple[TrainState, int]:
         restored = self.checkpoints.restore_latest(self.trainer.abstract_sharded_state, self.progress.say)
@@ -205,11 +223,11 @@ class _Run:
         tokens = sequences * self.context
         decision_due = self.batch_size.next_due(tokens)
         pending: _Step | None = None
-        with Prefetcher(lambda key: self.data.train.batch(*key), self.config.data.prefetch) as batches, contextlib.closing(self.traces):
+        with Prefetcher(self.batches.read, self.config.data.prefetch) as batches, contextlib.closing(self.traces):
             try:
-                while tokens < self.end_tokens and self.stop_signal is None:
+                while tokens < self.end_tokens and not self.stop.asked():
                     batch_sequences = self.batch_size.batch_tokens // self.context
-                    tokens_AxBxL = self.place(batches.get((sequences, batch_sequences)))
+                    tokens_AxBxL = self.batches.place(batches.get((sequences, batch_sequences)), batch_sequences)
                     measure = bool(every) and (step + 1) % every == 0
                     state, metrics = self.traces.step(self.trainer.step, step + 1, tokens, state, tokens_AxBxL, measure)
                     # Written while the next step runs, so that the device never waits for the host.
@@ -230,25 +248,21 @@ class _Run:
                 return self.diverged(tokens), step, tokens
         if tokens >= self.total_tokens:
             return "finished", step, tokens
-        if self.stop_signal is not None:
-            self.progress.say(f"{signal.Signals(self.stop_signal).name}: saving")
+        if self.stop.signal is not None:
+            self.progress.say(f"{signal.Signals(self.stop.signal).name}: saving")
         if tokens:
             self.save(state, tokens)
-        return "stopped" if self.stop_signal is None else "interrupted", step, tokens
+        return "stopped" if self.stop.signal is None else "interrupted", step, tokens
 
     def decide(self, state: TrainState, step: int, tokens: int) -> None:
         """What the batch is from here on. The state is read, and not the records, which are written later and not at every step."""
         before = self.batch_size.batch_tokens
         follows = self.config.batch.schedule == "follow"
         reading = self.followed.read(tokens, lambda: self.trainer.read_noise(state)) if follows else UNKNOWN
-        decision = self.batch_size.decide(tokens, reading)
+        decision = self.batch_size.decide(tokens, self.hosts.tell(lambda: reading))
         self.writer.write(decision.record(step))
         if decision.batch_tokens != before:
             self.progress.say(f"batch of {decision.batch_tokens:,} tokens from {tokens:,} on")
-
-    def place(self, tokens_BxL: np.ndarray) -> jax.Array | np.ndarray:
-        tokens_AxBxL = tokens_BxL.reshape(microbatches(self.config, len(tokens_BxL)), -1, tokens_BxL.shape[1])
-        return tokens_AxBxL if self.mesh is None else jax.device_put(tokens_AxBxL, self.trainer.batch_sharding)
 
     def record(self, pending: _Step | None) -> None:
         if pending is None:
@@ -298,7 +312,7 @@ class _Run:
     def save(self, state: TrainState, tokens: int) -> None:
         if self.saved_tokens != tokens:
             self.writer.sync()
-            self.checkpoints.save(tokens, state)
+            self.checkpoints.save(tokens, state, preempted=self.stop.signal is not None)
             self.saved_tokens = tokens
 
     def diverged(self, tokens: int) -> str:
@@ -307,40 +321,6 @@ class _Run:
         where = f"the checkpoint at {kept[-1]:,} tokens is kept" if kept else "there is no checkpoint before it"
         self.progress.say(f"loss or gradient not finite at {tokens:,} tokens; {where}")
         return "diverged"
-
-    def on_signal(self, number: int, _: Any) -> None:
-        if self.stop_signal is not None:  # asked twice: at once
-            raise KeyboardInterrupt
-        self.stop_signal = number  # and no word: the main thread may be in the middle of one
-
-    def summary(self, status: str, step: int, tokens: int, seconds: float) -> dict[str, Any]:
-        model = transformer_config(self.config)
-        records = read_records(self.workdir)
-        training = [r for r in records if "loss" in r and r["tokens"] <= tokens]
-        tail = [r["loss"] for r in training[-max(1, len(training) // 20) :] if r["loss"] is not None]
-        summary = {
-            "status": status,
-            "signal": self.stop_signal if status == "interrupted" else None,
-            "tokens": tokens,
-            "steps": step,
-            "params": model.params,
-            "total_params": sum(x.size for x in jax.tree.leaves(self.trainer.abstract_state.params)),
-            "flops_per_token": model.flops_per_token,
-            "parametrization_fingerprint": self.table_fingerprint,
-            "train_loss": float(np.mean(tail)) if tail else None,  # over the last twentieth of the run
-            "checkpoints": self.checkpoints.tokens(),
-        }
-        for name in ("noise_scale_tokens", f"{PRECONDITIONED}_noise_scale_tokens"):
-            if measured := [r for r in training if name in r]:
-                summary |= {key: measured[-1][key] for key in (name, f"{name}_low", f"{name}_high")}
-        evaluations = [r for r in records if any(key.startswith("eval/") for key in r)]
-        if evaluations:
-            summary |= {key: value for key, value in evaluations[-1].items() if key.startswith("eval/")}
-        return summary | {
-            "versions": {name: sys.modules[name].__version__ for name in ("jax", "flax", "optax")},
-            "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-            "timing": {"seconds": round(seconds, 1)},
-        }
 
 
 def _end_tokens(config: ConfigDict) -> int:

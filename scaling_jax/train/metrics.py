@@ -135,13 +135,27 @@ class MetricsWriter:
             self._file.close()  # flushes, which a full disk refuses
 
 
+class Unwritten:
+    """In the place of a MetricsWriter where another process writes."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Progress:
     """Speed and progress of a run, on the console."""
 
-    def __init__(self, total_tokens: int, seconds: float, out: TextIO | None = None, show_batch: bool = False):
+    def __init__(self, total_tokens: int, seconds: float, out: TextIO | None = None, show_batch: bool = False, quiet: bool = False):
+        """`out`: where to, stderr by default; `quiet`: nowhere, as another process shows it."""
         self.total, self.show_batch = total_tokens, show_batch
-        self._line = LiveLine(seconds, out)
-        self.say, self.end = self._line.say, self._line.end
+        self._quiet, self._line = quiet, LiveLine(seconds, out)
+        self.end = self._line.end
         self._marks: list[tuple[float, int]] = []  # (time, tokens) of the last half minute
 
     def tokens_per_second(self, tokens: int) -> float | None:
@@ -153,8 +167,12 @@ class Progress:
         (then, before), *_ = self._marks
         return (tokens - before) / (now - then) if now > then else None
 
+    def say(self, message: str) -> None:
+        if not self._quiet:
+            self._line.say(message)
+
     def show(self, record: dict[str, Any], held_out: float | None) -> None:
-        if self._line.due():
+        if not self._quiet and self._line.due():
             self._line.show(self.line(record, held_out))
 
     def line(self, record: dict[str, Any], held_out: float | None) -> str:

@@ -5,7 +5,9 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict
 from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
 from scaling_jax.train import checkpoint, metrics
+from scaling_jax.train.hosts import ALONE, Hosts
 
 CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LOCK_FILE = "config.json", "summary.json", "parametrization.json", "figures", ".lock"
 LAWS, BRANCHES, EVALUATIONS = "laws", "branches", "evaluations"
@@ -22,20 +25,38 @@ _OWN = (
     *(CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LAWS, BRANCHES, EVALUATIONS),
     *(metrics.FILE, "tensorboard", "wandb", "profile", checkpoint.DIRECTORY, checkpoint.SET_ASIDE),
 )
+SEEN_SECONDS = 40.0  # after which every host sees what one wrote; those of NFS look at a directory again after 30
 
 
 def claim(
-    workdir: Path, config: ConfigDict, data_fingerprint: str, overwrite: bool = False, others: Mapping[str, Any] | None = None
-) -> int:
-    """Makes `workdir` this run's, or finds that it is; returns a file descriptor that holds its lock.
+    workdir: Path,
+    config: ConfigDict,
+    data_fingerprint: str,
+    overwrite: bool = False,
+    others: Mapping[str, Any] | None = None,
+    hosts: Hosts = ALONE,
+) -> int | None:
+    """Makes `workdir` this run's, or finds that it is; returns a file descriptor that holds its lock, None on processes but the first.
 
     `others` are parts of its identity beside the config's fields, or instead of one: another run that it starts from, the content of a
     file that a field names.
 
     UserError where its identity fields differ (listed), where it is in use or cannot be written, where it holds a run without a
-    config.json, or files that go by the names of a run's but are none.
+    config.json, or files that go by the names of a run's but are none; and where other processes do not see what the first wrote there.
     """
     identity = json.loads(json.dumps(config_lib.identity(config) | {"data.fingerprint": data_fingerprint} | dict(others or {})))
+    made = hosts.first and not workdir.exists()
+    lock = hosts.do(lambda: _take(workdir))
+    try:
+        _check_shared(workdir, hosts, made)
+        hosts.do(lambda: _write_identity(workdir, config, identity, overwrite))
+    except BaseException:
+        release(lock)
+        raise
+    return lock
+
+
+def _take(workdir: Path) -> int:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file, must be a directory")
     there = [name for name in _OWN if os.path.lexists(workdir / name)]
@@ -43,9 +64,44 @@ def claim(
         raise UserError(f"--workdir={workdir}: holds {', '.join(there)} of something else than a run; give another directory")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = _lock(workdir)
+        return _lock(workdir)
     except OSError as error:
         raise UserError(_cannot_write(workdir, error)) from error
+
+
+def _check_shared(workdir: Path, hosts: Hosts, made: bool) -> None:
+    """UserError on all processes where one does not see the file that the first holds locked; what was `made` for it is gone then."""
+    if hosts.count == 1:
+        return
+    path = workdir / LOCK_FILE
+
+    def mark() -> str:
+        path.write_text(word := secrets.token_hex(8))
+        return word
+
+    word, deadline, fault = hosts.tell(mark), time.monotonic() + SEEN_SECONDS, None
+    while not _holds(path, word):
+        if time.monotonic() > deadline:
+            fault = f"--workdir={workdir}: is not the directory that process 0 sees; all hosts must share it (NFS, a mounted bucket)"
+            break
+        time.sleep(0.2)
+    try:
+        hosts.all_well(fault)
+    except UserError:
+        if made:
+            path.unlink()
+            workdir.rmdir()
+        raise
+
+
+def _holds(path: Path, word: str) -> bool:
+    try:
+        return path.read_text() == word
+    except OSError:
+        return False
+
+
+def _write_identity(workdir: Path, config: ConfigDict, identity: dict[str, Any], overwrite: bool) -> None:
     try:
         if overwrite:
             _delete(workdir)
@@ -57,12 +113,8 @@ def claim(
                 f"--workdir={workdir}: holds a run but no {CONFIG_FILE}; give another directory, or --overwrite to delete the run"
             )
         write_json(path, {"config": config_lib.to_json(config), "identity": identity})
-    except BaseException as error:
-        release(lock)
-        if isinstance(error, OSError):
-            raise UserError(_cannot_write(workdir, error)) from error
-        raise
-    return lock
+    except OSError as error:
+        raise UserError(_cannot_write(workdir, error)) from error
 
 
 def _was_run(workdir: Path) -> bool:
@@ -146,8 +198,9 @@ def finished_summary(workdir: Path) -> dict[str, Any] | None:
     return summary if summary.get("status") == "finished" else None
 
 
-def release(lock: int) -> None:
-    os.close(lock)
+def release(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
 def write_json(path: Path, value: Any) -> None:

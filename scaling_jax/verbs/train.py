@@ -6,7 +6,10 @@ from typing import Any
 
 from absl import flags
 
+from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
+from scaling_jax.train import joining
+from scaling_jax.train.hosts import Hosts
 from scaling_jax.verbs.common import Verb, config_of, define_config, integers
 from scaling_jax.verbs.process import keep_freed_memory, use_compilation_cache
 
@@ -26,9 +29,28 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "profile_at_tokens", "", "trace three steps after so many tokens, for XProf; several, comma-separated", flag_values=values
     )
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, where the processes of several hosts meet; what a TPU pod, GKE or Slurm says if not given",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("processes", None, "how many processes train together; 1 is this host alone, on a pod too", flag_values=values)
+    flags.DEFINE_integer("process", None, "which of them this is, from 0; give all the same command but for this", flag_values=values)
 
 
 def _run(values: flags.FlagValues) -> int:
+    place = joining.place_of_flags(values.coordinator, values.processes, values.process)
+    if place is None:
+        config_of(values), workdir_of(values)  # their faults at once, before JAX is imported
+        place = joining.place_of_environment()
+    facts = {f"config.{name}": value for name, value in config_lib.flatten(values.config).items()} if values.config else {}
+    facts |= {f"--{name}": values[name].value for name in ("overwrite", "profile_at_tokens")}
+    with joining.joined(place, facts) as hosts:
+        return _train(values, hosts)
+
+
+def _train(values: flags.FlagValues, hosts: Hosts) -> int:
     config, workdir = config_of(values), workdir_of(values)
     profile_at_tokens = integers("profile_at_tokens", values.profile_at_tokens, "1000000,2000000") if values.profile_at_tokens else []
     use_compilation_cache()
@@ -44,11 +66,14 @@ def _run(values: flags.FlagValues) -> int:
         tables.append(table)
         return figures
 
-    summary = train(config, workdir, overwrite=values.overwrite, profile_at_tokens=profile_at_tokens, report=report)
+    summary = train(config, workdir, overwrite=values.overwrite, profile_at_tokens=profile_at_tokens, report=report, hosts=hosts)
     if summary["status"] == "interrupted":
         saved = f"saved at {summary['tokens']:,} tokens" if summary["tokens"] else "nothing to save yet"
-        print(f"interrupted, {saved}; the same command continues", file=sys.stderr)
+        where = "" if hosts.count == 1 else " on all hosts"
+        print(f"interrupted, {saved}; the same command{where} continues", file=sys.stderr)
         return 128 + summary["signal"]
+    if not hosts.first:
+        return 1 if summary["status"] == "diverged" else 0
     print(*tables, sep="\n")
     for traced in sorted({Path(workdir) / DIRECTORY / str(tokens) for tokens in profile_at_tokens}):
         if traced.exists():

@@ -1,0 +1,272 @@
+"""Processes that meet, decide and are refused, as threads of this one; tests/test_multiprocess.py has real ones, which fail and end."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import pytest
+
+from scaling_jax.errors import UserError
+from scaling_jax.train import hosts as hosts_lib
+from scaling_jax.train import joining, meeting
+from scaling_jax.train.hosts import ALONE, Hosts
+from scaling_jax.train.meeting import Place, meet
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        return sock.getsockname()[1]
+
+
+made: list[Hosts] = []
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(meeting, "JOIN_SECONDS", 2.0)
+    monkeypatch.setattr(hosts_lib, "BEAT_SECONDS", 0.001)
+    yield
+    for hosts in made:  # a test that fails leaves some that would end this process
+        hosts._over.set()
+        for link in list(hosts._links.values()):
+            link.close()
+    made.clear()
+
+
+def all_at_once(*acts: Callable[[], Any]) -> list[Any]:
+    """What each returns, or the UserError that it raises."""
+    results = [None] * len(acts)
+
+    def run(i: int) -> None:
+        try:
+            results[i] = acts[i]()
+        except UserError as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(acts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    return results
+
+
+def met(places: list[Place], facts: list[dict[str, Any]] | None = None) -> list[Any]:
+    facts = facts or [{}] * len(places)
+    found = all_at_once(*(lambda place=place, fact=fact: meet(place, fact) for place, fact in zip(places, facts, strict=True)))
+    return found
+
+
+def places(count: int) -> list[Place]:
+    coordinator = f"127.0.0.1:{free_port()}"
+    return [Place(coordinator, count, process) for process in range(count)]
+
+
+def several(count: int) -> list[Hosts]:
+    made.extend(Hosts(process, m) for process, m in enumerate(met(places(count))))
+    return made[-count:]
+
+
+def leave(all_hosts: list[Hosts]) -> None:
+    all_at_once(*(hosts.leave for hosts in all_hosts))
+
+
+def refusal(results: list[Any]) -> str:
+    assert all(isinstance(result, UserError) for result in results), results
+    assert len({str(result) for result in results}) == 1
+    return str(results[0])
+
+
+def test_process_0_decides_and_the_others_are_told():
+    all_hosts = several(3)
+    asked = []
+
+    def of(hosts: Hosts) -> Any:
+        told = hosts.tell(lambda: asked.append(hosts.process) or {"x": [1, None, 0.1]})
+        did = hosts.do(lambda: asked.append(hosts.process) or object())
+        collected = hosts.collect(hosts.process**2)
+        hosts.agree(content="same")
+        hosts.all_well(None)
+        return told, did is not None, collected
+
+    found = all_at_once(*(lambda hosts=hosts: of(hosts) for hosts in all_hosts))
+    assert [f[0] for f in found] == [{"x": [1, None, 0.1]}] * 3 and [f[1] for f in found] == [True, False, False]
+    assert [f[2] for f in found] == [[0, 1, 4]] * 3 and asked == [0, 0]
+    leave(all_hosts)
+
+
+def test_nobody_goes_on_before_all_have_come():
+    all_hosts = several(2)
+    late, when = 0.5, {}
+
+    def come(hosts: Hosts) -> None:
+        time.sleep(late * hosts.process)
+        hosts.collect(None)
+        when[hosts.process] = time.monotonic()
+
+    start = time.monotonic()
+    all_at_once(*(lambda hosts=hosts: come(hosts) for hosts in all_hosts))
+    assert min(when.values()) - start >= late
+    leave(all_hosts)
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (lambda hosts: hosts.tell(lambda: fail("no space")), "no space"),
+        (lambda hosts: hosts.do(lambda: fail("no space")), "no space"),
+        (lambda hosts: hosts.all_well("no such directory" if hosts.process == 2 else None), "no such directory (process 2 of 3"),
+        (lambda hosts: hosts.agree(law="ab" if hosts.process == 1 else "cd"), "law: 'cd' on process 0"),
+    ],
+)
+def test_an_error_of_one_is_that_of_all(act: Callable[[Hosts], Any], words: str):
+    all_hosts = several(3)
+    assert words in refusal(all_at_once(*(lambda hosts=hosts: act(hosts) for hosts in all_hosts)))
+
+
+def fail(text: str) -> None:
+    raise UserError(text)
+
+
+def test_alone_nothing_is_asked_of_anybody():
+    value = object()
+    assert ALONE.count == 1 and ALONE.first and ALONE.tell(lambda: value) is value and ALONE.do(lambda: value) is value
+    assert ALONE.collect(value) == [value]
+    ALONE.agree(content="same")
+    ALONE.all_well(None)
+    with pytest.raises(UserError, match="full"):
+        ALONE.do(lambda: fail("full"))
+    threads = threading.active_count()
+    with joining.joined(None, {"a": 1}) as hosts, joining.joined(Place("", 1, 0), {}) as same:
+        assert hosts is same is ALONE and threading.active_count() == threads and not jax.distributed.is_initialized()
+
+
+def test_facts_that_differ_are_all_named():
+    facts = [{"config.a": 1, "jax": "1.0", "same": [1, 2]}, {"config.a": 1, "jax": "1.1", "same": [1, 2]}, {"config.a": 2, "jax": "1.0"}]
+    text = refusal(met(places(3), facts))
+    name = socket.gethostname()
+    assert text.splitlines()[1:] == [
+        f"  jax: '1.0' on process 0 ({name}), '1.1' on process 1 ({name})",
+        f"  config.a: 1 on process 0 ({name}), 2 on process 2 ({name})",
+        f"  same: [1, 2] on process 0 ({name}), 'absent' on process 2 ({name})",
+    ]
+
+
+def test_a_process_that_does_not_come_is_named():
+    three = places(3)
+    assert f"--coordinator={three[0].coordinator}: 2 of 3 processes came within 2 s; missing 1." in refusal(met([three[0], three[2]]))
+
+
+def test_a_coordinator_that_cannot_be_reached_is_named():
+    place = Place(f"127.0.0.1:{free_port()}", 2, 1)
+    with pytest.raises(UserError, match=f"--coordinator={place.coordinator}: process 0 cannot be reached there within 2 s .*refused"):
+        meet(place, {})
+    with pytest.raises(UserError, match="--coordinator=no.such.host.invalid:80: process 0 cannot be reached there"):
+        meet(Place("no.such.host.invalid:80", 2, 1), {})
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("", 0)) as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(UserError, match=f"--coordinator=here:{port}: process 0 cannot listen on port {port} .*in use"):
+            meet(Place(f"here:{port}", 2, 0), {})
+
+
+def test_two_that_claim_one_place_are_refused():
+    first, second, _ = places(3)
+    found = met([first, second, second])
+    assert "--process=1: given twice" in str(found[0]) and all(isinstance(result, UserError) for result in found)
+
+
+def test_another_number_of_processes_is_refused():
+    first, _ = places(2)
+    assert "--processes=2 on process 0, --processes=4 on process 3" in refusal(met([first, Place(first.coordinator, 4, 3)]))
+
+
+def test_somebody_elses_knock_is_ignored():
+    two = places(2)
+    port = int(two[0].coordinator.rpartition(":")[2])
+
+    def knock() -> None:
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"5\n", b'{"magic": "?"}\n', b"\xff\n"):
+            for _ in range(100):
+                try:
+                    with socket.create_connection(("127.0.0.1", port)) as sock:
+                        sock.sendall(words)
+                    break
+                except OSError:
+                    time.sleep(0.01)
+
+    first, _, second = all_at_once(lambda: meet(two[0], {}), knock, lambda: time.sleep(0.3) or meet(two[1], {}))
+    assert set(first.links) == {1} and set(second.links) == {0} and len(first.names) == 2
+
+
+def test_flags_name_a_place():
+    assert joining.place_of_flags(None, None, None) is None
+    assert joining.place_of_flags("host:1234", 4, 3) == Place("host:1234", 4, 3)
+    assert joining.place_of_flags(None, 1, None).processes == 1
+    for given, words in (
+        (("host:1234", None, None), "--processes, --process: missing"),
+        ((None, 2, 0), "--coordinator: missing"),
+        (("host", 2, 0), "--coordinator=host: must be HOST:PORT"),
+        (("host:0", 2, 0), "--coordinator=host:0: must be HOST:PORT"),
+        (("host:1", 2, 2), "--process=2: must be from 0 to 1, for --processes=2"),
+        (("host:1", 2, -1), "--process=-1: must be from 0 to 1"),
+        (("host:1", 0, 0), "--processes=0: must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            joining.place_of_flags(*given)
+
+
+SLURM = {"SLURM_JOB_ID": "70", "SLURM_STEP_NODELIST": "node[01-04],x", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "on_tpu_vm", "several"),
+    [
+        ({}, False, False),
+        ({}, True, True),  # the metadata server knows
+        ({"TPU_SKIP_MDS_QUERY": "1"}, True, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, True),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, True, True),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True, True),
+        ({"MEGASCALE_NUM_SLICES": "1"}, False, False),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, False, True),
+        (SLURM | {"SLURM_NTASKS": "4"}, False, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False, False),
+        ({"SLURM_NTASKS": "4"}, False, False),  # in the batch script, outside of srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, False, True),
+    ],
+)
+def test_signs_of_several_workers(environ: dict[str, str], on_tpu_vm: bool, several: bool):
+    assert joining.several_workers(environ, on_tpu_vm) is several
+
+
+def test_the_environment_names_a_place(monkeypatch: pytest.MonkeyPatch):
+    """As Slurm does, by JAX's own detection."""
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", *SLURM, "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert joining.place_of_environment() is None
+    for name, value in (SLURM | {"SLURM_NTASKS": "4"}).items():
+        monkeypatch.setenv(name, value)
+    assert joining.place_of_environment() == Place("node01:61510", 4, 2, [0])
+    for name in SLURM:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS=host:1: but nothing says"):
+        joining.place_of_environment()
+
+
+def test_what_two_threads_say_at_once_arrives_whole():
+    """The main thread's long messages, and signs of life."""
+    all_hosts = several(2)
+    long = ["x" * 1000] * 3000
+    found = all_at_once(*(lambda hosts=hosts: [hosts.collect(long) == [long, long] for _ in range(5)] for hosts in all_hosts))
+    assert found == [[True] * 5] * 2
+    leave(all_hosts)
