@@ -49,6 +49,24 @@ def compiled(row: str) -> dict[str, Any]:
     return measured | {"plain_flops": plain["product_flops"], "plain_peak": plain["memory"]["peak"], "plain_compile_s": plain["compile_s"]}
 
 
+def depths(text: str) -> None:
+    """Time to compile the 7B at several depths, in CPU seconds, which other work on the machine disturbs less than the clock."""
+    for depth in map(int, text.split(",")):
+        code = f"""
+import time
+from scaling_jax.config import load
+from scaling_jax.pods.chips import parse_topology
+from scaling_jax.pods.compile import compile_step, prepare
+prepare()
+config = load({str(ROOT / "configs/pods/dense.py")!r} + ":7b,v5p:8x8x8")
+config.model.depth = {depth}
+started = time.process_time()
+step = compile_step(config, parse_topology("v5p:8x8x8"))
+print(f"depth {depth}: {{step.compile_s:.0f}} s, {{time.process_time() - started:.0f}} s of CPU, {{len(step.collectives)}} collectives")
+"""
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def failures(row: str, found: dict[str, Any]) -> list[str]:
     """What the row does not hold to."""
     flops, traced = found["product_flops"], found["traced_flops"]
@@ -92,8 +110,12 @@ def main() -> None:
     parser.add_argument("--results", default="pods.json", help="file of the figures, row by row")
     parser.add_argument("--write", help="document whose table is replaced")
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--depths", help="compile the 7B at these depths instead, and tell how long it takes: 8,64")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.depths:
+        depths(args.depths)
+        return
     if args.row:
         print(json.dumps(compiled(args.row)))
         return

@@ -10,6 +10,7 @@ import pytest
 from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
 from scaling_jax.optimizer import schedule
+from scaling_jax.pods.chips import parse_topology
 from scaling_jax.train.loop import train
 from scaling_jax.train.step import Trainer, transformer_config
 
@@ -68,7 +69,11 @@ def test_kaplan_model_is_gpt2s():
     assert trainer.config.model.dropout == 0.1 and load("kaplan").get_config("768x12").model.dropout == 0
 
 
-@pytest.mark.parametrize(("name", "argument", "large"), [("kaplan", "cpu,dropout", "64x2"), ("time_transfer", "cpu", "101m")])
+# The README's commands train Kaplan's copy too.
+CPU_COPIES = [pytest.param("kaplan", "cpu,dropout", "64x2", marks=pytest.mark.slow), ("time_transfer", "cpu", "101m")]
+
+
+@pytest.mark.parametrize(("name", "argument", "large"), CPU_COPIES)
 def test_cpu_sized_copy_is_the_recipe_and_trains(name, argument, large, tmp_path):
     config, recipe = load(name).get_config(argument), load(name).get_config(large)
     sizes = {"width", "depth", "head_dim", "context", "vocab_size", "base_width", "base_depth", "base_head_dim", "path", "dropout", "lr"}
@@ -85,6 +90,46 @@ def test_cpu_sized_copy_is_the_recipe_and_trains(name, argument, large, tmp_path
 
 
 UNKNOWN = [("kaplan", "768"), ("kaplan", "0x3"), ("kaplan", "64x2,drop"), ("kaplan", "4288x60"), ("time_transfer", "1b")]
+
+
+def pod_rows():
+    """(file, argument, chips) of every layout in configs/pods."""
+    for path in sorted((FOLDER / "pods").glob("*.py")):
+        layouts = load(f"pods/{path.stem}").LAYOUTS
+        nested = {size: of for size, of in layouts.items() if ":" not in size} or {"": layouts}
+        for size, of in nested.items():
+            yield from ((path.stem, f"{size},{topology}".strip(","), topology) for topology in of)
+
+
+@pytest.mark.parametrize(("name", "argument", "topology"), list(pod_rows()))
+def test_pod_config_is_valid_on_its_topology(name, argument, topology):
+    slices, shape = (int(topology[0]), topology[2:]) if topology[0].isdigit() else (1, topology)
+    config = config_lib.load(str(FOLDER / "pods" / f"{name}.py") + f":{argument}")
+    config_lib.validate(config, parse_topology(shape, slices).devices)
+    assert config.mesh.replica % slices == 0
+    assert f"--config=configs/pods/{name}.py" in load(f"pods/{name}").__doc__
+
+
+def test_every_pod_size_has_two_topologies():
+    sizes = [(name, argument.rpartition(",")[0]) for name, argument, _ in pod_rows()]
+    assert set(sizes) == {("time_transfer", s) for s in ("32m", "101m", "354m")} | {("kaplan", ""), ("dense", "7b"), ("dense", "70b")}
+    assert min(map(sizes.count, sizes)) >= 2
+    assert ("dense", "70b,v5p:16x16x16") in [(name, argument) for name, argument, _ in pod_rows()]
+
+
+@pytest.mark.parametrize(("size", "billions"), [("7b", 6.74), ("70b", 70.55)])
+def test_dense_sizes_are_the_published_ones(size, billions):
+    """Llama's, whose 6.74e9 and, with the newer vocabulary, 70.55e9 parameters count gains too."""
+    trainer = Trainer(config_lib.load(str(FOLDER / "pods" / "dense.py") + f":{size}"))
+    assert sum(x.size for x in jax.tree.leaves(trainer.abstract_state.params)) / 1e9 == pytest.approx(billions, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("dense", "13b"), ("dense", "7b,v5p:4x4x8"), ("kaplan", "v4:2x2x1"), ("time_transfer", "1b")]
+)
+def test_unknown_pod_layout_is_refused_with_those_that_there_are(name, argument):
+    with pytest.raises(UserError, match="(must be one of|there is a layout for) "):
+        config_lib.load(str(FOLDER / "pods" / f"{name}.py") + f":{argument}")
 
 
 @pytest.mark.parametrize(("name", "size"), UNKNOWN)

@@ -200,7 +200,8 @@ def _loss_and_gradient(
         return microbatch(tokens_AxBxL[0], None if keys_AxB is None else keys_AxB[0])
 
     def add(total, tokens_and_keys):
-        loss, grads, sq_norms_BxGxM = microbatch(*tokens_and_keys)
+        # The barrier keeps XLA's TPU compiler from moving sums over devices out of this loop, at which it fails (libtpu 0.0.42).
+        loss, grads, sq_norms_BxGxM = jax.lax.optimization_barrier(microbatch(*tokens_and_keys))
         return jax.tree.map(jnp.add, total, (loss, grads)), sq_norms_BxGxM
 
     zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
