@@ -28,7 +28,7 @@ LAYOUTS = {
     "70b": {
         "v5p:16x16x16": {"replica": 64, "fsdp": 16, "tensor": 4},
         "2xv5p:8x16x16": {"replica": 64, "fsdp": 16, "tensor": 4},
-        "tpu7x:8x8x8": {"replica": 16, "fsdp": 16, "tensor": 4},
+        "tpu7x:8x8x8": {"replica": 32, "fsdp": 32},
     },
 }
 

@@ -18,6 +18,7 @@ GIB = 2**30
 PLANAR_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 PART_CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # smaller than a cube of 4x4x4, and without its wrap-around links
 CUBE = 4
+MAX_SLICES = 1000  # more than anybody has; names of slices and hosts end in a number of three digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Chip:
       ici_links, ici_link_bytes_per_s: links to neighbours, two for each dimension of the torus, and what one carries one way.
       torus_dimensions: 2 or 3.
       cores: TensorCores, which Cloud's accelerator types count.
-      devices_per_chip: that jax shows on such a machine. libtpu's compile-only topology of v4 shows 2 of half a chip each.
+      devices_per_chip: that jax shows on such a machine.
       compiler_hbm_bytes: of one device of the compile-only topology, what libtpu 0.0.42.1 calls available in its message when a program
         is too large.
       chips_per_host: of a slice of several hosts; slices of one host may have 1, 4 or 8 (`Topology.host_shape`).
@@ -80,7 +81,7 @@ CHIPS = {
             torus_dimensions=3,
             cores=2,
             devices_per_chip=1,
-            compiler_hbm_bytes=int(15.25 * GIB),
+            compiler_hbm_bytes=int(30.75 * GIB),
             dcn_bytes_per_s=25e9,
             max_chips=4096,
             source="Cloud TPU page 'TPU v4'; links: Jouppi et al. 2023, arXiv:2304.01433; network: none published, assumed as v5p",
@@ -220,7 +221,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     """Reads "v5p:8x8x8", a chip and the shape of one slice.
 
     Raises:
-      UserError: for an unknown chip, a shape that no slice of it has, or less than one slice; the message has those that there are.
+      UserError: for an unknown chip, a shape that no slice of it has, or slices not from 1 to MAX_SLICES; the message has what there is.
     """
     chip_name, _, shape_name = text.partition(":")
     if chip_name not in CHIPS:
@@ -232,6 +233,8 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         raise UserError(f"topology is '{text}': {chip.name} has {_shapes_text(chip)}")
     if slices < 1:
         raise UserError(f"slices is {slices}: must be at least 1")
+    if slices > MAX_SLICES:
+        raise UserError(f"slices is {slices}: must be at most {MAX_SLICES}")
     return Topology(chip, shape, slices)
 
 

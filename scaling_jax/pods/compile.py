@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
 from scaling_jax.mesh import make_mesh
+from scaling_jax.model import BLOCK
 from scaling_jax.pods.chips import Topology
 from scaling_jax.pods.collectives import Collective, collectives
 from scaling_jax.pods.faults import faults
@@ -33,6 +34,7 @@ from scaling_jax.train.step import Trainer, transformer_config
 _ENVIRONMENT = {  # libtpu otherwise asks Google's metadata service who it is, and lets one process load it
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # whatever is compiled for; without one libtpu complains
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -96,7 +98,7 @@ class CompiledStep:
     @property
     def faults(self) -> list[str]:
         """Of its collectives: see `scaling_jax.pods.faults`."""
-        return faults(self.collectives, self.least, self.config.model.depth)
+        return faults(self.collectives, self.least, self.config.model.depth, self.config.train.accumulation)
 
     @property
     def wire_bytes(self) -> float:
@@ -120,10 +122,10 @@ def prepare() -> None:
 
 def topology_devices(topology: Topology) -> list[Any]:
     """Devices to compile for; there are none to run on."""
-    described = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology.name, num_slices=topology.slices, chips_per_host_bounds=list(topology.host_shape)
-    )
-    return list(described.devices)
+    given: dict[str, Any] = {"num_slices": topology.slices, "chips_per_host_bounds": list(topology.host_shape)}
+    if topology.chip.name == "v4":  # by default two devices of half a chip, which no v4 machine shows
+        given["chip_config_name"] = "megacore"
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **given).devices)
 
 
 def resolved(config: ConfigDict, topology: Topology, devices: int) -> ConfigDict:
@@ -197,8 +199,8 @@ def compile_step(config: ConfigDict, topology: Topology, measure: bool | None = 
         traced_flops=jaxpr_dot_flops(traced.jaxpr) / mesh.size,
         kernel_flops=kernels,
         collectives=sent,
-        least=least_traffic(trainer),
-        roofline=roofline(topology, mesh.size, flops + kernels, moved, sent, model_flops),
+        least=least_traffic(config, trainer.abstract_state.params),
+        roofline=roofline(topology, mesh, flops + kernels, moved, sent, model_flops),
     )
 
 
@@ -208,7 +210,7 @@ def attention_flops(config: ConfigDict, kernel_calls: dict[str, int]) -> float:
     A kernel multiplies whole blocks on and below the diagonal; that is (1 + n) / 2n of all, with n blocks a side.
     """
     model, mesh = config.model, config.mesh
-    blocks = max(1, model.context // 512)
+    blocks = model.context // next(size for size in (512, 256, BLOCK) if model.context % size == 0)
     sequences = config_lib.sequences_per_batch(config) / (mesh.replica * mesh.fsdp * config.train.accumulation)
     product = 2 * model.context**2 * model.head_dim * (1 + blocks) / (2 * blocks) * sequences * config_lib.heads(config) / mesh.tensor
     total = 0.0

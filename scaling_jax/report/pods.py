@@ -1,9 +1,12 @@
-"""What a compiled step comes to, as text."""
+"""What a compiled step comes to, and the layouts of a search, as text and as plain values."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from scaling_jax.pods.collectives import summary
 from scaling_jax.pods.compile import CompiledStep, human_bytes
+from scaling_jax.pods.find import FLAGS, Layout, Tried
+from scaling_jax.pods.roofline import Roofline
 from scaling_jax.train.metrics import human
 from scaling_jax.train.step import transformer_config
 
@@ -33,7 +36,7 @@ def pod_table(step: CompiledStep) -> str:
         ),
         ("", f"{step.kernel_flops:.3e} in attention kernels (by arithmetic)"),
         *_traffic_rows(step),
-        ("least times", f"compute {_ms(roof.compute_s)}, memory {_ms(roof.memory_s)}, interconnect {_ms(roof.interconnect_s)}, "),
+        ("least times", f"compute {_ms(roof.compute_s)}, memory {_ms(roof.memory_s)}, interconnect {_ms(roof.interconnect_s)},"),
         ("", f"data-centre network {_ms(roof.network_s)}; {roof.bound} bounds"),
         (
             "utilisation",
@@ -46,6 +49,7 @@ def pod_table(step: CompiledStep) -> str:
         ),
     ]
     rows += [("fault", fault) for fault in step.faults]
+    rows.append(("rates from", topology.chip.source))
     return "\n".join(f"{name:<16}{text}" for name, text in rows)
 
 
@@ -104,13 +108,108 @@ def pod_json(step: CompiledStep) -> dict[str, Any]:
         "collectives": [traffic._asdict() | {"axes": list(traffic.axes)} for traffic in summary(step.collectives)],
         "wire_bytes": step.wire_bytes,
         "least_bytes": step.least._asdict() | {"total": step.least.total},
-        "times_s": {name: getattr(roof, f"{name}_s") for name in ("compute", "memory", "interconnect", "network")},
+        "times_s": _times(roof),
         "bound": roof.bound,
         "mfu_bound": roof.mfu,
         "tokens_per_second_bound": step.tokens_per_second,
         "days_bound": step.seconds / 86400,
         "chip_hours_bound": step.seconds / 3600 * topology.chips,
         "faults": step.faults,
+    }
+
+
+def _times(roof: Roofline) -> dict[str, float]:
+    return {name: getattr(roof, f"{name}_s") for name in ("compute", "memory", "interconnect", "network")}
+
+
+def tried_line(tried: Tried) -> str:
+    """What the compiler made of one layout."""
+    step, flags = tried.step, tried.layout.flags
+    name = f"{_mesh(flags)}, remat {flags['model.remat']}, accumulation {flags['train.accumulation']}"
+    if step is None:
+        return f"{name}: {tried.reason}"
+    found = "fits" if tried.fits else "does not fit"
+    return f"{name}: {found}, {human_bytes(step.memory.peak + step.memory.code)}, at least {_ms(step.roofline.step_s)} a step"
+
+
+def _mesh(flags: dict[str, str | int]) -> str:
+    return " x ".join(f"{axis} {flags[f'mesh.{axis}']}" for axis in ("replica", "fsdp", "tensor"))
+
+
+HEADER = (
+    "replica",
+    "fsdp",
+    "tensor",
+    "remat",
+    "microbatches",
+    "memory",
+    "(predicted)",
+    "least time",
+    "(predicted)",
+    "MFU",
+    "x least",
+    "faults",
+)
+
+
+def find_table(tried: Sequence[Tried], ranked: Sequence[Layout], more: int = 5) -> str:
+    """The ranking: what was compiled, the best first; then some that are only predicted, to fit as well; then the flags of the best."""
+    rows = [HEADER]
+    for one in sorted(tried, key=lambda one: one.order):
+        rows.append(_row(one.layout, one.step))
+    seen = [one.layout for one in tried]
+    rest = [layout for layout in ranked if not any(layout is other for other in seen)]
+    shown = [layout for layout in rest if layout.memory_share <= 1][:more]
+    rows += [_row(layout, None) for layout in shown]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(HEADER))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if len(rest) > len(shown):
+        lines.append(f"and {len(rest) - len(shown)} more layouts, predicted to be slower or too large")
+    return "\n".join([*lines, "", best_line(tried)])
+
+
+def best_line(tried: Sequence[Tried]) -> str:
+    """The flags to give."""
+    fitting = [one for one in tried if one.fits]
+    if not fitting:
+        return "none fits" if tried else "none was compiled"
+    flags = min(fitting, key=lambda one: one.order).layout.flags
+    return " ".join(["best:", *(f"--config.{name}={flags[name]}" for name in FLAGS)])
+
+
+def _row(layout: Layout, step: CompiledStep | None) -> tuple[str, ...]:
+    flags = [str(value) for value in layout.flags.values()]
+    predicted = human_bytes(layout.memory_bytes), _ms(layout.roofline.step_s)
+    if step is None:
+        return (*flags, "-", predicted[0], "-", predicted[1], f"{layout.roofline.mfu:.0%}", "-", "-")
+    memory, roof = human_bytes(step.memory.peak + step.memory.code), step.roofline
+    over = f"{step.wire_bytes / step.least.total:.2f}" if step.least.total else "-"
+    return (*flags, memory, predicted[0], _ms(roof.step_s), predicted[1], f"{roof.mfu:.0%}", over, str(len(step.faults)))
+
+
+def find_json(tried: Sequence[Tried], ranked: Sequence[Layout]) -> dict[str, Any]:
+    """The whole ranking as plain values: what was compiled, the best first, then all other layouts as predicted."""
+    seen = [one.layout for one in tried]
+    rest = [Tried(layout, None, "not compiled") for layout in ranked if not any(layout is other for other in seen)]
+    return {
+        "best": best_line(tried),
+        "ranking": [
+            {
+                "layout": one.layout.flags,
+                "predicted": {
+                    "memory_bytes": one.layout.memory_bytes,
+                    "memory_share": one.layout.memory_share,
+                    "wire_bytes": one.layout.wire_bytes,
+                    "times_s": _times(one.layout.roofline),
+                    "bound": one.layout.roofline.bound,
+                    "mfu_bound": one.layout.roofline.mfu,
+                },
+                "fits": one.fits if one.step or one.reason != "not compiled" else None,
+                "reason": one.reason,
+                "compiled": pod_json(one.step) if one.step else None,
+            }
+            for one in [*sorted(tried, key=lambda one: one.order), *rest]
+        ],
     }
 
 
