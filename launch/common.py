@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -16,6 +17,8 @@ from scaling_jax.errors import UserError
 from scaling_jax.pods.chips import Topology, parse_topology
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # Cloud allows 63, and a node of several slices has a number appended
+BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
+MAX_WAIT_SECONDS = 960.0  # between tries
 
 
 class CommandError(Exception):
@@ -44,13 +47,21 @@ def main(program: str, summary: str, verbs: Mapping[str, Verb], argv: Sequence[s
     try:
         if name not in verbs:
             raise UserError(f"no such verb; there are {', '.join(verbs)}")
-        return verbs[name].run(_parse(program, name, verbs[name], rest))
+        for number, word in enumerate(argv, 1):
+            if any("\ud800" <= letter <= "\udfff" for letter in word):  # what Python makes of other bytes
+                raise UserError(f"argument {number} is {word!r}: must be UTF-8")
+        code = verbs[name].run(_parse(program, name, verbs[name], rest))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"{program} {name}: {error}", file=sys.stderr)
         return 2
     except CommandError as error:
         print(f"{program} {name}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print(f"{program} {name}: interrupted; what runs on the hosts runs on", file=sys.stderr)
         return 130
@@ -71,6 +82,22 @@ def _parse(program: str, name: str, verb: Verb, argv: Sequence[str]) -> argparse
     if args.command and not verb.takes_command:
         raise UserError(f"unexpected command {shlex.join(args.command)!r}: {name} takes flags only")
     return args
+
+
+def seconds(text: str) -> float:
+    """The type of a flag: a time that is positive and finite."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, not {text}")
+    return value
+
+
+def index(text: str) -> int:
+    """The type of a flag: a number from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return value
 
 
 def define_place(parser: argparse.ArgumentParser) -> None:
@@ -109,14 +136,19 @@ def check_name(flag: str, name: str) -> None:
         raise UserError(f"--{flag}={name or '…'}: must be of a to z, 0 to 9 and '-', a letter first, at most 40 of them")
 
 
+def check_bucket(bucket: str) -> None:
+    if not BUCKET.fullmatch(bucket):
+        raise UserError(f"--bucket={bucket}: must be the name of a bucket alone, without gs:// and without a folder")
+
+
 def secrets_of(args: argparse.Namespace) -> dict[str, str]:
     """Values of the variables of --secret_env, by name."""
     names = [name for name in args.secret_env.split(",") if name]
-    for name in names:
+    for number, name in enumerate(names, 1):  # which may be a secret by mistake
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UserError(f"--secret_env={name}: must be the name of an environment variable, not its value")
+            raise UserError(f"--secret_env: entry {number} must be the name of an environment variable, not its value")
         if name not in os.environ:
-            raise UserError(f"--secret_env={name}: no such variable in the environment")
+            raise UserError(f"--secret_env: entry {number} names no variable of the environment")
     return {name: os.environ[name] for name in names}
 
 
@@ -137,27 +169,47 @@ def secret_file(text: str) -> Iterator[str]:
         os.unlink(path)
 
 
-def run(argv: Sequence[str], dry_run: bool = False, asks: bool = False) -> None:
+def backoff(poll_seconds: float, tries: int) -> float:
+    """Seconds to wait before one more try: none for the first two, then `poll_seconds`, twice that, …, at most MAX_WAIT_SECONDS."""
+    return min(MAX_WAIT_SECONDS, poll_seconds * 2.0 ** min(tries - 2, 30)) if tries > 1 else 0.0
+
+
+def run(
+    argv: Sequence[str],
+    dry_run: bool = False,
+    asks: bool = False,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+) -> None:
     """Runs a command with this terminal for its output, or prints it as a shell would read it; CommandError if it fails.
 
-    One that `asks` has this terminal for its input too.
+    One that `asks` has this terminal for its input too. It may take `timeout` seconds; `env` comes on top of the environment.
     """
     if dry_run:
         print(shlex.join(argv), flush=True)
         return
-    _check(argv, _run(argv, stdin=None if asks else subprocess.DEVNULL).returncode)
+    done = _run(argv, stdin=None if asks else subprocess.DEVNULL, env={**os.environ, **env} if env else None, timeout=timeout)
+    _check(argv, done.returncode)
 
 
-def output(argv: Sequence[str], check: bool = True) -> str:
+def output(argv: Sequence[str], check: bool = True, timeout: float | None = None) -> str:
     """A command's standard output; its standard error goes to this terminal."""
-    done = _run(argv, stdout=subprocess.PIPE, text=True)
+    done = _run(argv, stdout=subprocess.PIPE, text=True, errors="replace", timeout=timeout)
     if check:
         _check(argv, done.returncode)
     return done.stdout
 
 
+def shown_output(argv: Sequence[str], timeout: float | None = None) -> str:
+    """A command's standard output, which goes to this terminal too once it has ended."""
+    done = _run(argv, stdout=subprocess.PIPE, text=True, errors="replace", timeout=timeout)
+    print(done.stdout, end="", flush=True)
+    _check(argv, done.returncode)
+    return done.stdout
+
+
 def json_output(argv: Sequence[str]) -> Any:
-    text = output([*argv, "--format=json"])
+    text = output([*argv, "--format=json"], timeout=600)
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -169,6 +221,10 @@ def _run(argv: Sequence[str], stdin: int | None = subprocess.DEVNULL, **options:
         return subprocess.run(argv, stdin=stdin, **options)
     except FileNotFoundError:
         raise UserError(f"{argv[0]} is not installed, or not on the PATH") from None
+    except OSError as error:  # no program, or too long a command
+        raise UserError(f"{argv[0]} cannot be run: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise CommandError(f"{_brief(argv)} did not end within {options['timeout']:g} s") from None
 
 
 def _check(argv: Sequence[str], code: int) -> None:

@@ -11,6 +11,14 @@ from collections.abc import Sequence
 
 SECRETS = ".scaling_jax_secrets"  # in the home directory, of mode 600, until a job has read it
 ROOT = '"$HOME"/scaling_jax'
+JOIN_SECONDS = 900  # that a run waits for its processes: an installation takes longer on one host than on another
+MOUNT_FLAGS = (
+    "implicit-dirs",
+    "rename-dir-limit=100000",
+    "metadata-cache-ttl-secs=0",
+    "metadata-cache-negative-ttl-secs=0",
+    "enable-streaming-writes=false",
+)
 _STATE = re.compile(r"^scaling_jax_state (\S+) (\S+) (\w+)(?: (\d+))?$", re.MULTILINE)
 
 
@@ -34,21 +42,27 @@ export PATH={ROOT}/venv/bin:"$PATH"
 
 
 def mount(bucket: str) -> str:
-    """Mounts a bucket at /mnt/BUCKET with Cloud Storage FUSE, which is installed if need be; nothing for no bucket."""
+    """Mounts a bucket at /mnt/BUCKET with Cloud Storage FUSE, which is installed if need be; nothing for no bucket.
+
+    On TPU machines its version 3 keeps what it knows of files for ever, and an fsync leaves a file that nobody else sees: both are
+    unset, as a run's hosts read what another one wrote.
+    """
     if not bucket:
         return ""
     return f"""\
 if ! mountpoint --quiet /mnt/{bucket}; then
   if ! command -v gcsfuse > /dev/null; then
     key=/usr/share/keyrings/cloud.google.asc
-    curl --fail --silent --show-error https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee $key > /dev/null
+    sudo curl --fail --silent --show-error --retry 5 --output $key https://packages.cloud.google.com/apt/doc/apt-key.gpg
     echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -c -s) main" |
       sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
-    sudo apt-get update --quiet && sudo apt-get install --quiet --yes gcsfuse
+    sudo apt-get -o DPkg::Lock::Timeout=600 update --quiet
+    sudo apt-get -o DPkg::Lock::Timeout=600 install --quiet --yes gcsfuse
   fi
+  sudo umount -l /mnt/{bucket} 2> /dev/null || true  # of one that died
   sudo mkdir -p /mnt/{bucket}
   sudo chown "$(id -u)" /mnt/{bucket}
-  gcsfuse --implicit-dirs --rename-dir-limit=100000 {bucket} /mnt/{bucket} 9>&-
+  gcsfuse {" ".join(f"--{flag}" for flag in MOUNT_FLAGS)} {bucket} /mnt/{bucket} 9>&-
 fi
 """
 
@@ -58,17 +72,24 @@ def read_secrets(path: str) -> str:
     return f"if [ -e {path} ]; then . {path}; rm -f {path}; fi\n"
 
 
+def need_secrets(wanted: bool) -> str:
+    """Fails where a copy of the secrets did not arrive: gcloud's scp succeeds also when it reaches nobody."""
+    test = f'[ -e "$HOME"/{SECRETS} ]'
+    return f'{test} || {{ echo "$(hostname): the secrets did not arrive" >&2; exit 1; }}\n' if wanted else ""
+
+
 def digest(command: Sequence[str], setup: str) -> str:
     """Of twelve digits: the same for the same job."""
     return hashlib.sha256("\0".join([setup, *command]).encode()).hexdigest()[:12]
 
 
-def start(command: Sequence[str], setup: str) -> str:
+def start(command: Sequence[str], setup: str, secrets: bool = False) -> str:
     """Shell text that starts the job, unless it runs already; fails if another one does.
 
     Args:
       command: what to run, in the directory and environment that the setup leaves.
       setup: shell text that comes before, in the job's log like the command.
+      secrets: whether it fails without a file of them.
     """
     name = digest(command, setup)
     body = f"""\
@@ -77,6 +98,7 @@ echo $$ > "$job/leader"
 set -eu
 trap 'echo "setup $?" > "$job/exit"' EXIT
 echo "$(date -u +%FT%TZ) start on $(hostname)"
+export SCALING_JAX_JOIN_SECONDS={JOIN_SECONDS}
 {read_secrets('"$job/secrets"')}{setup}trap - EXIT
 set +e
 {shlex.join(command)} &
@@ -97,7 +119,7 @@ if ! flock -w 1 9; then  # a second, as somebody may be asking for the state
   echo "$(hostname): another job runs; stop it first" >&2
   exit 1
 fi
-printf %s {name} > "$jobs/current"
+{need_secrets(secrets)}printf %s {name} > "$jobs/current"
 rm -f "$job/exit" "$job/pid" "$job/stopped" "$job/secrets"
 if [ -e "$secrets" ]; then mv "$secrets" "$job/secrets"; fi
 printf %s {shlex.quote(body)} > "$job/job.sh"
@@ -109,6 +131,7 @@ echo "$(hostname): started"
 _CURRENT = f"""\
 jobs={ROOT}/jobs
 current=$(cat "$jobs/current" 2> /dev/null) || current=-
+current=${{current:--}}
 job="$jobs/$current"
 running() {{ [ -e "$jobs/lock" ] && ! flock -n "$jobs/lock" true; }}
 """
@@ -117,7 +140,7 @@ STATE = f"""\
 {_CURRENT}\
 if running; then state=running
 elif [ -e "$job/stopped" ]; then state=stopped
-elif [ -e "$job/exit" ]; then state=$(cat "$job/exit")
+elif [ -e "$job/exit" ]; then state=$(cat "$job/exit"); state=${{state:-lost}}  # empty where the disk was full
 elif [ -e "$job" ]; then state=lost
 else state=none
 fi
@@ -126,13 +149,19 @@ echo "scaling_jax_state ${{HOSTNAME:-$(hostname)}} $current $state"
 
 STOP = f"""\
 {_CURRENT}\
+if [ -e "$job" ] && [ "$(cat "$job/exit" 2> /dev/null)" != "exit 0" ]; then touch "$job/stopped"; fi
 if running; then
-  touch "$job/stopped"
   if [ -e "$job/pid" ]; then kill -TERM "$(cat "$job/pid")"; else kill -TERM -- "-$(cat "$job/leader")"; fi || true
 fi
 """
 
+_STARTED = re.compile(r": (started|runs already)$", re.MULTILINE)
 LOGS = f'tail -n 200 -F {ROOT}/jobs/"$(cat {ROOT}/jobs/current)"/log'
+
+
+def started(text: str) -> int:
+    """Number of hosts that run the job, as the texts of `start` printed it."""
+    return len(_STARTED.findall(text))
 
 
 def states(text: str, job: str | None = None) -> dict[str, str]:

@@ -7,12 +7,13 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import common
 import hosts
 import queued
 
-MAX_WAIT_SECONDS = 960.0
+MAX_OWN_FAILURES = 3  # what diverged, or failed by itself, will do so again; steady running before it changes nothing
 
 
 def decide(cloud: str, jobs: Mapping[str, str], number: int) -> str:
@@ -57,54 +58,117 @@ def keep(args: argparse.Namespace) -> int:
         print("# and when it was preempted:")
         common.run(delete, dry_run=True)
         return 0
-    attempts, running_since, said = 0, None, ""
-    while True:
+    return _Keeper(args, topology.hosts, {"create": create, "delete": delete}, job).run()
+
+
+class _Look(NamedTuple):
+    cloud: str
+    jobs: dict[str, str]  # by host, of those that answered
+    step: str
+
+
+class _Keeper:
+    def __init__(self, args: argparse.Namespace, hosts_number: int, commands: Mapping[str, list[str]], job: str):
+        self.args, self.hosts_number, self.commands, self.job = args, hosts_number, commands, job
+        self.attempts = self.own_failures = 0
+        self.running_since = self.silent_since = None
+        self.said = ""
+
+    def run(self) -> int:
+        look = self.look()  # a project or an account that is not as it must be is told now
+        while True:
+            self._say(f"{look.cloud}{self._counts(look)}")
+            code = self._result(look)
+            if code is not None:
+                return code
+            if look.step == "wait":
+                self._waited(look)
+                time.sleep(self.args.poll_seconds)
+            elif self._same_after_backoff(look):
+                self._act(look)
+            look = self._look_again()
+
+    def look(self) -> _Look:
+        cloud, jobs = queued.state(self.args, self.args.name), {}
+        if cloud == queued.ACTIVE:
+            try:
+                jobs = queued.job_states(self.args, self.args.name, self.job)
+            except common.CommandError as error:  # they do not answer
+                self._say(str(error))
+        return _Look(cloud, jobs, decide(cloud, jobs, self.hosts_number))
+
+    def _look_again(self) -> _Look:
         try:
-            cloud = queued.state(args, args.name)
-            jobs = queued.job_states(args, args.name, job) if cloud == queued.ACTIVE else {}
-            step = decide(cloud, jobs, topology.hosts)
+            return self.look()
         except common.CommandError as error:  # the network, or gcloud: it may come back
-            cloud, jobs, step = str(error), {}, "wait"
-        said = _say(f"{cloud}{_counts(jobs)}", said)
-        if step == "done":
+            return _Look(str(error), {}, "wait")
+
+    def _result(self, look: _Look) -> int | None:
+        """The exit code where this is the end; None where it is not."""
+        if look.step == "done":
             print("the job is done; delete the queued resource, it costs until then")
             return 0
-        if step == "stopped":
+        if look.step == "stopped":
             print("the job was stopped; the same command continues it after `run`, or after `delete`")
             return 0
-        if step in ("refused", "other"):
-            why = "every host refused the input (exit code 2), see `logs`" if step == "refused" else "another job runs there, see `stop`"
-            print(f"tpu keep: {why}", file=sys.stderr)
-            return 1
-        if step == "wait":
-            running_since = (running_since or time.monotonic()) if "running" in jobs.values() else None
-            if running_since is not None and time.monotonic() - running_since >= args.steady_seconds:
-                attempts = 0
-            time.sleep(args.poll_seconds)
-            continue
-        running_since = None
-        attempts += step != "delete"  # what follows a deletion counts
-        if attempts > args.max_attempts:
-            tried = f"{args.max_attempts} creations and starts"
-            print(f"tpu keep: gave up after {tried} without {args.steady_seconds:g} s of running, see `status` and `logs`", file=sys.stderr)
-            return 1
-        time.sleep(min(MAX_WAIT_SECONDS, args.poll_seconds * 2 ** (attempts - 3)) if attempts > 2 else 0)
+        why = None
+        if look.step == "refused":
+            why = "every host refused the input (exit code 2), see `logs`"
+        elif look.step == "other":
+            why = "another job runs there, see `stop`"
+        elif _failed_by_itself(look) and self.own_failures >= MAX_OWN_FAILURES - 1:
+            why = f"gave up after {MAX_OWN_FAILURES} runs that diverged or failed with an error of their own (exit code 1), see `logs`"
+        elif self.attempts + (look.step in ("create", "start")) > self.args.max_attempts:
+            tried = f"{self.args.max_attempts} attempts"
+            why = f"gave up after {tried} without {self.args.steady_seconds:g} s of running, see `status` and `logs`"
+        if why is None:
+            return None
+        print(f"tpu keep: {why}; the queued resource costs until it is deleted", file=sys.stderr)
+        return 1
+
+    def _waited(self, look: _Look) -> None:
+        """What a look at which there is nothing to do says of the attempts: steady running ends their count, silence adds to it."""
+        now = time.monotonic()
+        self.running_since = (self.running_since or now) if "running" in look.jobs.values() else None
+        if self.running_since is not None and now - self.running_since >= self.args.steady_seconds:
+            self.attempts = 0
+        self.silent_since = (self.silent_since or now) if self._silent(look) else None
+        if self.silent_since is not None and now - self.silent_since >= self.args.silent_seconds:
+            self.attempts, self.silent_since = self.attempts + 1, now
+
+    def _same_after_backoff(self, look: _Look) -> bool:
+        """Whether the step is still the one to take when its turn comes; what must be deleted costs nothing, and need not wait."""
+        wait = common.backoff(self.args.poll_seconds, self.attempts) if look.step != "delete" else 0.0
+        time.sleep(wait)
+        return not wait or self._look_again() == look
+
+    def _act(self, look: _Look) -> None:
+        self.running_since = self.silent_since = None
+        self.attempts += look.step != "delete"  # what follows a deletion counts
         try:
-            if step == "start":
-                queued.start_job(args, args.name)
+            if look.step == "start":
+                queued.start_job(self.args, self.args.name, self.hosts_number)
+                self.own_failures += _failed_by_itself(look)
             else:
-                common.run(create if step == "create" else delete)
+                common.run(self.commands[look.step])
+                time.sleep(self.args.poll_seconds if look.step == "delete" else 0)
         except common.CommandError as error:
-            said = _say(str(error), said)
-            time.sleep(args.poll_seconds)
+            self._say(str(error))
+            time.sleep(self.args.poll_seconds)
+
+    def _counts(self, look: _Look) -> str:
+        found = sorted(look.jobs.values())
+        answer = f", {len(found)} of {self.hosts_number} hosts answer" if self._silent(look) else ""
+        return "".join(f", {found.count(state)} {state}" for state in dict.fromkeys(found)) + answer
+
+    def _silent(self, look: _Look) -> bool:
+        return look.cloud == queued.ACTIVE and len(look.jobs) < self.hosts_number
+
+    def _say(self, text: str) -> None:
+        if text != self.said:
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", flush=True)
+        self.said = text
 
 
-def _counts(jobs: Mapping[str, str]) -> str:
-    found = sorted(jobs.values())
-    return "".join(f", {found.count(state)} {state}" for state in dict.fromkeys(found))
-
-
-def _say(text: str, said: str) -> str:
-    if text != said:
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", flush=True)
-    return text
+def _failed_by_itself(look: _Look) -> bool:
+    return look.step == "start" and "exit 1" in look.jobs.values()

@@ -1,6 +1,7 @@
 """Queued resources of Cloud TPU, by gcloud: what is created, its state, commands on its hosts."""
 
 import argparse
+import re
 
 import common
 import hosts
@@ -13,6 +14,9 @@ RUNTIME_VERSIONS = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "
 ACTIVE = "ACTIVE"
 GONE = ("SUSPENDED", "FAILED")  # preempted, or never had: only deleting and asking anew brings it back
 ABSENT = "absent"
+# A host that is gone without a word would hold a connection for ever.
+_SSH_OPTIONS = ("-oConnectTimeout=30", "-oServerAliveInterval=15", "-oServerAliveCountMax=4")
+_SECRET_IN_URL = re.compile(r"https?://.*@|[^/]*://[^/@]*:[^/]*@", re.IGNORECASE)
 
 
 def define_creation(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +35,7 @@ def define_hosts(parser: argparse.ArgumentParser) -> None:
     common.define_place(parser)
     parser.add_argument("--internal_ip", action="store_true", help="connect within the network")
     parser.add_argument("--iap", action="store_true", help="connect through Identity-Aware Proxy")
+    parser.add_argument("--ssh_seconds", type=common.seconds, default=900, help="what a look at all hosts, or a start, may take at most")
 
 
 def define_job(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +62,7 @@ def create_command(args: argparse.Namespace, name: str, topology: Topology) -> l
         gcloud, kind = GCLOUD, [f"--accelerator-type={topology.accelerator_type}"]
     else:  # without alpha, gcloud knows shapes of v4 only
         gcloud, kind = [GCLOUD[0], "alpha", *GCLOUD[1:]], [f"--type={chip.cloud_type}", f"--topology={topology.shape_name}"]
+        kind += ["--provisioning-model=spot"] if args.spot else []  # of its two flags for this, alpha sends but one
     nodes = [f"--node-id={name}"] if topology.slices == 1 else [f"--node-count={topology.slices}", f"--node-prefix={name}"]
     optional = {"service-account": args.service_account, "network": args.network, "subnetwork": args.subnetwork}
     return [
@@ -82,7 +88,8 @@ def state(args: argparse.Namespace, name: str) -> str:
 
 def ssh(args: argparse.Namespace, name: str, text: str, node: str = "all", worker: str = "all") -> list[str]:
     """gcloud's command that runs shell text on hosts, 64 at a time."""
-    return [*GCLOUD, "ssh", name, *_reach(args, node, worker), f"--command={text}"]
+    flags = [f"--ssh-flag={option}" for option in _SSH_OPTIONS]
+    return [*GCLOUD, "ssh", name, *_reach(args, node, worker), *flags, f"--command={text}"]
 
 
 def send_secrets(args: argparse.Namespace, name: str, secrets: dict[str, str]) -> None:
@@ -90,19 +97,29 @@ def send_secrets(args: argparse.Namespace, name: str, secrets: dict[str, str]) -
     if not secrets:
         return
     remote = f"{name}:{hosts.SECRETS}"
+    flags = [*_reach(args, "all", "all"), *[f"--scp-flag={option}" for option in (*_SSH_OPTIONS, "-p")]]
     if args.dry_run:
         print(f"# FILE, of mode 600: {', '.join(f'{key}=***' for key in secrets)}")
-        common.run([*GCLOUD, "scp", "FILE", remote, *_reach(args, "all", "all"), "--scp-flag=-p"], dry_run=True)
+        common.run([*GCLOUD, "scp", "FILE", remote, *flags], dry_run=True)
         return
     with common.secret_file(common.exports(secrets)) as path:
-        common.run([*GCLOUD, "scp", path, remote, *_reach(args, "all", "all"), "--scp-flag=-p"])
+        common.run([*GCLOUD, "scp", path, remote, *flags], timeout=args.ssh_seconds)
 
 
-def start_job(args: argparse.Namespace, name: str) -> None:
-    """Starts args.command on all hosts of a queued resource that is active."""
-    setup = job_setup(args)
-    send_secrets(args, name, common.secrets_of(args))
-    common.run(ssh(args, name, hosts.start(args.command, setup)), args.dry_run)
+def start_job(args: argparse.Namespace, name: str, number: int = 1) -> None:
+    """Starts args.command on all hosts of a queued resource that is active; CommandError where fewer than `number` say that it runs.
+
+    That gcloud's ssh succeeds says nothing: it warns of hosts that it cannot reach, and does without them.
+    """
+    setup, secrets = job_setup(args), common.secrets_of(args)
+    send_secrets(args, name, secrets)
+    command = ssh(args, name, hosts.start(args.command, setup, bool(secrets)))
+    if args.dry_run:
+        common.run(command, dry_run=True)
+        return
+    started = hosts.started(common.shown_output(command, args.ssh_seconds))
+    if started < number:
+        raise common.CommandError(f"the job runs on {started} host(s), and not on at least {number}; what gcloud said stands above")
 
 
 def job_setup(args: argparse.Namespace) -> str:
@@ -111,14 +128,21 @@ def job_setup(args: argparse.Namespace) -> str:
     for flag in ("repository", "ref"):
         if getattr(args, flag).startswith("-"):
             raise UserError(f"--{flag}={getattr(args, flag)}: must not start with '-'")
-    if args.bucket and not all(letter.isalnum() or letter in "-_." for letter in args.bucket):
-        raise UserError(f"--bucket={args.bucket}: must be the name of a bucket alone, without gs:// and without a folder")
+    if _SECRET_IN_URL.match(args.repository):
+        raise UserError("--repository: must be without a password or token, which would be printed; docs/pods.md shows how to hand on one")
+    if args.bucket:
+        common.check_bucket(args.bucket)
     return hosts.mount(args.bucket) + hosts.install(args.repository, args.ref, args.extras)
 
 
 def job_states(args: argparse.Namespace, name: str, job: str | None = None) -> dict[str, str]:
     """States of the job by host (`hosts.states`); hosts that do not answer are missing."""
-    return hosts.states(common.output(ssh(args, name, hosts.STATE), check=False), job)
+    return hosts.states(common.output(ssh(args, name, hosts.STATE), check=False, timeout=args.ssh_seconds), job)
+
+
+def check_way(args: argparse.Namespace) -> None:
+    if args.internal_ip and args.iap:
+        raise UserError("--internal_ip and --iap: at most one of them")
 
 
 def _reach(args: argparse.Namespace, node: str, worker: str) -> list[str]:

@@ -16,13 +16,15 @@ import hosts
 import queued
 
 from scaling_jax.errors import UserError
-from scaling_jax.pods.chips import Topology
+from scaling_jax.pods.chips import MAX_SLICES, Topology
 
 PORT, DASHBOARD_PORT = 6379, 8265
 JOBS = f"--address=http://127.0.0.1:{DASHBOARD_PORT}"
 RAY = f"{hosts.ROOT}/venv/bin/ray"
 WORKERS = 16  # hosts that are installed at a time
 SAVE_SECONDS = 300  # from SIGTERM to SIGKILL when a command is stopped; Ray's own 3 are too few for saving
+# Half of a host of 8: libtpu would take the visible chips for the whole host's shape, and Ray sets shapes for 1 and 2 chips only.
+_HALF_HOST = ["env", "TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1", "TPU_PROCESS_BOUNDS=1,1,1"]
 _START = f"RAY_JOB_STOP_WAIT_TIME_S={SAVE_SECONDS} {RAY} start"
 
 
@@ -51,15 +53,21 @@ def _node_flags(chips: int) -> str:
 def _up(args: argparse.Namespace) -> int:
     topology, names = _topology(args), _names(args)
     creations = {name: queued.create_command(args, name, Topology(topology.chip, topology.shape)) for name in names}
-    setup = "set -eu\n" + queued.job_setup(args)
-    common.secrets_of(args)
+    secrets = common.secrets_of(args)
+    take = hosts.need_secrets(bool(secrets)) + hosts.read_secrets(f'"$HOME"/{hosts.SECRETS}')
+    setup = f"set -eu\n{take}{queued.job_setup(args)}"
     _wait_for_hosts(args, creations)
     head = "HEAD" if args.dry_run else _head_address(args, names[0])
 
     def join(name: str) -> None:
         start = head_start(topology.slice_chips) if name == names[0] else worker_start(topology.slice_chips, head)
-        queued.send_secrets(args, name, common.secrets_of(args))
-        common.run(queued.ssh(args, name, setup + hosts.read_secrets(f'"$HOME"/{hosts.SECRETS}') + start), args.dry_run)
+        queued.send_secrets(args, name, secrets)
+        command = queued.ssh(args, name, f'{setup}{start}echo "$(hostname): joined"\n')
+        if args.dry_run:
+            common.run(command, dry_run=True)
+            return
+        if ": joined" not in common.shown_output(command):  # gcloud's ssh succeeds also when it reaches nobody
+            raise common.CommandError(f"{name} did not answer; what gcloud said stands above")
 
     join(names[0])
     with ThreadPoolExecutor(1 if args.dry_run else WORKERS) as pool:  # installing takes each a minute or two
@@ -68,12 +76,12 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _wait_for_hosts(args: argparse.Namespace, creations: dict[str, list[str]]) -> None:
-    """Asks for the queued resources that are missing or were preempted, and waits until all are there."""
+    """Asks for the queued resources that are missing or were preempted, and waits until all are there; ever longer where they fail."""
     if args.dry_run:
         for create in creations.values():
             common.run(create, dry_run=True)
         return
-    end, said = time.monotonic() + args.timeout_seconds, {}
+    end, said, failures = time.monotonic() + args.timeout_seconds, {}, 0
     while True:
         states = {name: queued.state(args, name) for name in creations}
         for name, state in states.items():
@@ -88,7 +96,8 @@ def _wait_for_hosts(args: argparse.Namespace, creations: dict[str, list[str]]) -
         if time.monotonic() > end:
             raise common.CommandError(f"not all hosts are there after {args.timeout_seconds:g} s; the same command waits on")
         said = states
-        time.sleep(args.poll_seconds)
+        failures += "FAILED" in states.values()
+        time.sleep(max(args.poll_seconds, min(common.backoff(args.poll_seconds, failures), end - time.monotonic())))
 
 
 def _head_address(args: argparse.Namespace, name: str) -> str:
@@ -107,7 +116,8 @@ def _submit(args: argparse.Namespace) -> int:
     chips = topology.slice_chips if args.chips is None else args.chips
     if chips not in (1, 2, 4, 8) or chips > topology.slice_chips:
         raise UserError(f"--chips={chips}: must be 1, 2, 4 or 8, and at most the {topology.slice_chips} of a host of {topology.name}")
-    common.run(queued.ssh(args, _names(args)[0], submit(args.command, chips), "0", "0"), args.dry_run)
+    command = [*(_HALF_HOST if (chips, topology.slice_chips) == (4, 8) else []), *args.command]
+    common.run(queued.ssh(args, _names(args)[0], submit(command, chips), "0", "0"), args.dry_run)
     return 0
 
 
@@ -142,8 +152,9 @@ def _topology(args: argparse.Namespace) -> Topology:
 def _names(args: argparse.Namespace) -> list[str]:
     common.required(args, "zone")
     common.check_name("name", args.name)
-    if args.slices < 1:
-        raise UserError(f"--slices={args.slices}: must be at least 1")
+    queued.check_way(args)
+    if not 1 <= args.slices <= MAX_SLICES:
+        raise UserError(f"--slices={args.slices}: must be from 1 to {MAX_SLICES}")
     return [f"{args.name}-{index}" for index in range(args.slices)]
 
 
@@ -157,8 +168,8 @@ def _define_up(parser: argparse.ArgumentParser) -> None:
     queued.define_creation(parser)
     queued.define_job(parser)
     parser.set_defaults(extras="tpu,wandb,ray")
-    parser.add_argument("--poll_seconds", type=float, default=30, help="between looks at the queued resources")
-    parser.add_argument("--timeout_seconds", type=float, default=3600, help="how long to wait for hosts")
+    parser.add_argument("--poll_seconds", type=common.seconds, default=30, help="between looks at the queued resources")
+    parser.add_argument("--timeout_seconds", type=common.seconds, default=3600, help="how long to wait for hosts")
 
 
 def _define_submit(parser: argparse.ArgumentParser) -> None:

@@ -69,14 +69,15 @@ def _delete(args: argparse.Namespace) -> int:
 
 def _keep(args: argparse.Namespace) -> int:
     _named(args)
-    if args.poll_seconds <= 0 or args.max_attempts < 1:
-        raise UserError("--poll_seconds and --max_attempts must be positive")
+    if args.max_attempts < 1:
+        raise UserError(f"--max_attempts={args.max_attempts}: must be at least 1")
     return keep.keep(args)
 
 
 def _named(args: argparse.Namespace) -> None:
     common.required(args, "zone")
     common.check_name("name", args.name)
+    queued.check_way(args)
 
 
 def _define_create(parser: argparse.ArgumentParser) -> None:
@@ -91,23 +92,25 @@ def _define_run(parser: argparse.ArgumentParser) -> None:
 
 def _define_logs(parser: argparse.ArgumentParser) -> None:
     queued.define_hosts(parser)
-    parser.add_argument("--slice", type=int, default=0, help="which slice, from 0")
-    parser.add_argument("--host", type=int, default=0, help="which host of the slice, from 0")
+    parser.add_argument("--slice", type=common.index, default=0, help="which slice, from 0")
+    parser.add_argument("--host", type=common.index, default=0, help="which host of the slice, from 0")
 
 
 def _define_stop(parser: argparse.ArgumentParser) -> None:
     queued.define_hosts(parser)
-    parser.add_argument("--timeout_seconds", type=float, default=600, help="how long to wait for the run to save")
-    parser.add_argument("--poll_seconds", type=float, default=10, help="between looks")
+    parser.add_argument("--timeout_seconds", type=common.seconds, default=600, help="how long to wait for the run to save")
+    parser.add_argument("--poll_seconds", type=common.seconds, default=10, help="between looks")
 
 
 def _define_keep(parser: argparse.ArgumentParser) -> None:
     queued.define_hosts(parser)
     queued.define_creation(parser)
     queued.define_job(parser)
-    parser.add_argument("--poll_seconds", type=float, default=30, help="between looks; the wait before further starts doubles from it")
-    parser.add_argument("--steady_seconds", type=float, default=1800, help="a job that ran so long counts as one that works")
-    parser.add_argument("--max_attempts", type=int, default=20, help="creations and starts in a row without running so long")
+    add = parser.add_argument
+    add("--poll_seconds", type=common.seconds, default=30, help="between looks; the wait before further starts doubles from it")
+    add("--steady_seconds", type=common.seconds, default=1800, help="a job that ran so long counts as one that works")
+    add("--silent_seconds", type=common.seconds, default=900, help="so long without an answer of all hosts counts as one more attempt")
+    add("--max_attempts", type=int, default=20, help="creations and starts in a row without running so long")
 
 
 VERBS = {

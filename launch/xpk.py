@@ -4,14 +4,24 @@ import argparse
 import base64
 import shlex
 import sys
+import tempfile
 
 import common
 
 from scaling_jax.errors import UserError
 from scaling_jax.pods.chips import Topology
 
+# As launch/hosts.py mounts, for the same reasons; what is none of gcsfuse's flags goes by its place in the configuration.
+MOUNT_OPTIONS = (
+    "implicit-dirs",
+    "rename-dir-limit=100000",
+    "metadata-cache:ttl-secs:0",
+    "metadata-cache:negative-ttl-secs:0",
+    "write:enable-streaming-writes:false",
+)
 PRIORITIES = ("very-low", "low", "medium", "high", "very-high")
 ANOTHER_FAILED = "3"  # exit code of a run's process that ends because one on another host did
+JOIN_SECONDS = 1800  # that a run waits for its processes: Kubernetes starts a slice's pods as its nodes come
 SECRETS = "SCALING_JAX_SECRETS"  # in the container's environment until the command starts
 
 
@@ -27,8 +37,8 @@ def shell_line(command: list[str], secrets: bool) -> str:
 
     It ends in `exec`, so that the SIGTERM that Kubernetes sends reaches the run itself.
     """
-    line = "exec " + " ".join(_quoted(word) for word in command)
-    return f'eval "$(printf %s "${SECRETS}" | base64 -d)"; unset {SECRETS}; {line}' if secrets else line
+    take = f'eval "$(printf %s "${SECRETS}" | base64 -d)"; unset {SECRETS}; ' if secrets else ""
+    return f"export SCALING_JAX_JOIN_SECONDS={JOIN_SECONDS}; {take}exec " + " ".join(_quoted(word) for word in command)
 
 
 def _quoted(word: str) -> str:
@@ -42,26 +52,30 @@ def _escape(letter: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in letter.encode())
 
 
+def _xpk(argv: list[str], dry_run: bool = False, asks: bool = False) -> None:
+    """Runs xpk, whose temporary files, workloads with their secrets among them, it leaves behind: they go with their directory."""
+    with tempfile.TemporaryDirectory(prefix="scaling_jax_") as directory:
+        common.run(["xpk", *argv], dry_run, asks, env={"TMPDIR": directory})
+
+
 def _cluster(args: argparse.Namespace) -> int:
     topology = _topology_and_cluster(args)
     if bool(args.spot) + bool(args.on_demand) + bool(args.reservation) != 1:
         raise UserError("one of --spot, --on_demand and --reservation=NAME is needed")
     capacity = [f"--reservation={args.reservation}"] if args.reservation else ["--spot" if args.spot else "--on-demand"]
-    create = ["xpk", "cluster", "create", *_cluster_flags(args), f"--tpu-type={device_type(topology)}", f"--num-slices={topology.slices}"]
-    common.run([*create, *capacity, "--enable-workload-identity", "--enable-gcsfuse-csi-driver"], args.dry_run, asks=True)
+    create = ["cluster", "create", *_cluster_flags(args), f"--tpu-type={device_type(topology)}", f"--num-slices={topology.slices}"]
+    _xpk([*create, *capacity, "--enable-workload-identity", "--enable-gcsfuse-csi-driver"], args.dry_run, asks=True)
     return 0
 
 
 def _attach(args: argparse.Namespace) -> int:
     _topology_and_cluster(args, topology=False)
     common.required(args, "bucket")
+    common.check_bucket(args.bucket)
     flags = ["--type=gcsfuse", f"--mount-point=/mnt/{args.bucket}", "--readonly=false", "--auto-mount=false", "--size=1000"]
-    options = ["--mount-options=implicit-dirs,rename-dir-limit=100000"]
-    common.run(
-        ["xpk", "storage", "attach", args.bucket, f"--bucket={args.bucket}", *_cluster_flags(args), *flags, *options],
-        args.dry_run,
-        asks=True,
-    )
+    options = f"--mount-options={','.join(MOUNT_OPTIONS)}"
+    storage = ["storage", "attach", args.bucket, f"--bucket={args.bucket}", *_cluster_flags(args), *flags, options]
+    _xpk(storage, args.dry_run, asks=True)
     return 0
 
 
@@ -69,11 +83,16 @@ def _run(args: argparse.Namespace) -> int:
     topology = _topology_and_cluster(args)
     common.check_name("name", args.name)
     common.required(args, "image")
+    if args.bucket:
+        common.check_bucket(args.bucket)
+    codes = args.restart_on_exit_codes.split(",") if args.restart_on_exit_codes else []
+    if not all(code.isascii() and code.isdigit() and int(code) < 256 for code in codes):
+        raise UserError(f"--restart_on_exit_codes={args.restart_on_exit_codes}: must be numbers from 0 to 255, comma-separated")
     if args.max_restarts < 0 or args.grace_seconds < 1:
         raise UserError("--max_restarts must not be negative, --grace_seconds must be positive")
     secrets = common.secrets_of(args)
     create = [
-        *["xpk", "workload", "create", f"--workload={args.name}", *_cluster_flags(args)],
+        *["workload", "create", f"--workload={args.name}", *_cluster_flags(args)],
         *[f"--tpu-type={device_type(topology)}", f"--num-slices={topology.slices}", f"--docker-image={args.image}"],
         *[f"--priority={args.priority}", f"--max-restarts={args.max_restarts}"],
         f"--termination-grace-period-seconds={args.grace_seconds}",
@@ -82,20 +101,20 @@ def _run(args: argparse.Namespace) -> int:
         f"--command={shell_line(args.command, bool(secrets))}",
     ]
     if not secrets:
-        common.run(create, args.dry_run)
+        _xpk(create, args.dry_run)
     elif args.dry_run:
         print(f"# FILE, of mode 600: {SECRETS}= base64 of {', '.join(f'{name}=***' for name in secrets)}")
-        common.run([*create, "--env-file=FILE"], dry_run=True)
+        _xpk([*create, "--env-file=FILE"], dry_run=True)
     else:
         encoded = base64.b64encode(common.exports(secrets).encode()).decode()
         with common.secret_file(f"{SECRETS}={encoded}\n") as path:
-            common.run([*create, f"--env-file={path}"])
+            _xpk([*create, f"--env-file={path}"])
     return 0
 
 
 def _status(args: argparse.Namespace) -> int:
     _topology_and_cluster(args, topology=False)
-    common.run(["xpk", "workload", "list", *_cluster_flags(args)], args.dry_run)
+    _xpk(["workload", "list", *_cluster_flags(args)], args.dry_run)
     return 0
 
 
@@ -119,13 +138,13 @@ def _logs(args: argparse.Namespace) -> int:
 def _delete(args: argparse.Namespace) -> int:
     _topology_and_cluster(args, topology=False)
     common.check_name("name", args.name)
-    common.run(["xpk", "workload", "delete", f"--workload={args.name}", "--force", *_cluster_flags(args)], args.dry_run)
+    _xpk(["workload", "delete", f"--workload={args.name}", "--force", *_cluster_flags(args)], args.dry_run)
     return 0
 
 
 def _delete_cluster(args: argparse.Namespace) -> int:
     _topology_and_cluster(args, topology=False)
-    common.run(["xpk", "cluster", "delete", "--force", *_cluster_flags(args)], args.dry_run, asks=True)
+    _xpk(["cluster", "delete", "--force", *_cluster_flags(args)], args.dry_run, asks=True)
     return 0
 
 
@@ -179,8 +198,8 @@ def _define_named(parser: argparse.ArgumentParser) -> None:
 
 def _define_logs(parser: argparse.ArgumentParser) -> None:
     _define_named(parser)
-    parser.add_argument("--slice", type=int, default=0, help="which slice, from 0")
-    parser.add_argument("--host", type=int, default=0, help="which host of the slice, from 0")
+    parser.add_argument("--slice", type=common.index, default=0, help="which slice, from 0")
+    parser.add_argument("--host", type=common.index, default=0, help="which host of the slice, from 0")
 
 
 VERBS = {

@@ -1,7 +1,8 @@
 """`scaling-jax VERB --flag=value …`, the same as `python -m scaling_jax VERB …`.
 
 Exit codes: 0 done; 1 the run diverged (of branches, that with the run's own batch), or the check failed; 2 bad input, with one message
-and nothing half-written; 3 another process of the run failed, and the same command continues; 128 + n stopped by signal n, saved.
+and nothing half-written; 3 another process of the run failed or did not come, and the same command
+continues; 128 + n stopped by signal n, saved.
 """
 
 import difflib
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         print(f"scaling-jax {name}: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except KeyboardInterrupt:
         again = "; the same command continues" if VERBS[name].continues else ""
         print(f"scaling-jax {name}: interrupted{again}", file=sys.stderr)

@@ -1,11 +1,18 @@
 """launch/ray_cluster.py: which hosts are asked for, and what each is told; a fake ray keeps what it was called with."""
 
+import argparse
 import json
 import shlex
 import sys
+import types
 
 import pytest
-from launch_cloud import GCLOUD, Cloud
+from launch_cloud import GCLOUD, LAUNCH, Cloud
+
+sys.path.insert(0, str(LAUNCH))
+import ray_cluster
+
+sys.path.remove(str(LAUNCH))
 
 PLACE = ["--name=sweep", "--zone=us-west4-a", "--topology=v5e:2x4", "--slices=2"]
 INSTALL = ["--repository=https://example.org/a.git", "--ref=v1"]
@@ -74,6 +81,45 @@ def test_a_preempted_host_is_replaced_by_the_same_command(cloud):
     assert cloud.verbs() == ["delete", "create", "delete", "create"]
 
 
+def test_hosts_that_fail_are_asked_for_ever_more_rarely(monkeypatch):
+    clock, waits, looks = [0.0], [], ["FAILED"] * 4 + ["WAITING_FOR_RESOURCES", "FAILED"]
+
+    def sleep(seconds):
+        waits.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(ray_cluster, "time", types.SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    monkeypatch.setattr(ray_cluster.queued, "state", lambda *_: looks.pop(0) if len(looks) > 1 else looks[0])
+    monkeypatch.setattr(ray_cluster.queued, "delete_command", lambda *_: ["delete"])
+    monkeypatch.setattr(ray_cluster.common, "run", lambda *_: None)
+    with pytest.raises(ray_cluster.common.CommandError, match="after 300 s"):
+        ray_cluster._wait_for_hosts(argparse.Namespace(dry_run=False, poll_seconds=10.0, timeout_seconds=300.0), {"sweep-0": ["create"]})
+    assert waits == [10, 10, 20, 40, 40, 80, 100, 10]  # the last but one to the end of what there is
+
+
+def test_a_host_that_has_joined_is_left_alone(cloud):
+    (cloud.root / "bin/pgrep").write_text('#!/bin/bash\n[ "$*" = "--full --uid $(id -u) raylet/rayle[t]" ]\n')
+    assert ray(cloud, "up", *INSTALL).returncode == 0
+    assert not [arguments for arguments, *_ in calls_of_ray(cloud) if "--address=10.0.0.7:6379" in arguments]
+
+
+def test_secrets_come_before_the_installation(cloud):
+    (cloud.root / "bin/git").write_text('#!/bin/bash\necho "$TOKEN" >> "$OUT/git"; [ "$1" != init ] || mkdir .git\n')
+    assert ray(cloud, "up", *INSTALL, "--secret_env=TOKEN", TOKEN="key").returncode == 0
+    assert set((cloud.root / "out/git").read_text().split()) == {"key"}
+
+
+def test_a_host_that_nobody_reached_is_told_of(cloud):
+    gcloud = cloud.root / "bin/gcloud"
+    text = gcloud.read_text()
+    gcloud.write_text(text.replace("verb = words[3]\n", "verb = words[3]\nif verb == 'ssh': sys.exit(0)\n"))
+    done = ray(cloud, "up", *INSTALL)
+    assert done.returncode == 1 and "sweep-0 did not answer" in done.stderr
+    gcloud.write_text(text.replace("verb = words[3]\n", "verb = words[3]\nif verb == 'scp': sys.exit(0)\n"))
+    done = ray(cloud, "up", *INSTALL, "--secret_env=TOKEN", TOKEN="key")
+    assert done.returncode == 1 and "the secrets did not arrive" in done.stderr
+
+
 def test_it_waits_for_hosts_no_longer_than_told(cloud):
     cloud.plan("WAITING_FOR_RESOURCES")
     done = ray(cloud, "up", *INSTALL, "--poll_seconds=0.05", "--timeout_seconds=0.1")
@@ -87,7 +133,8 @@ def test_a_command_is_submitted_intact_for_so_many_chips(cloud):
     assert ray(cloud, "submit", "--", "true").returncode == 0
     four, whole = (arguments for arguments, *_ in calls_of_ray(cloud)[-2:])
     assert four[:4] == ["job", "submit", "--address=http://127.0.0.1:8265", "--no-wait"]
-    assert four[4:] == ['--entrypoint-resources={"TPU": 4}', "--", "scaling-jax", "train", *NASTY]
+    half = ["env", "TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1", "TPU_PROCESS_BOUNDS=1,1,1"]  # of a host of 8
+    assert four[4:] == ['--entrypoint-resources={"TPU": 4}', "--", *half, "scaling-jax", "train", *NASTY]
     assert whole[4:] == ['--entrypoint-resources={"TPU": 8}', "--", "true"]
     assert not list(cloud.root.rglob("never"))
     assert [call[4] for call in cloud.calls()][-2:] == ["sweep-0", "sweep-0"]
@@ -116,6 +163,9 @@ def test_a_dry_run_prints_and_does_nothing(cloud):
         (["up", *PLACE, *INSTALL, "--slices=0"], "slices is 0"),
         (["submit", *PLACE, "--chips=3", "--", "true"], "must be 1, 2, 4 or 8"),
         (["submit", *PLACE, "--topology=v5e:2x2", "--chips=8", "--", "true"], "at most the 4"),
+        (["status", *PLACE, "--slices=1001"], "--slices=1001: must be from 1 to 1000"),
+        (["up", *PLACE, *INSTALL, "--timeout_seconds=nan"], "--timeout_seconds: must be positive"),
+        (["status", *PLACE, "--iap", "--internal_ip"], "--internal_ip and --iap: at most one"),
         (["submit", *PLACE], "command is missing"),
         (["logs", *PLACE], "--job=… is missing"),
         (["down", "--zone=z", "--name=Sweep"], "--name=Sweep"),

@@ -36,6 +36,10 @@ def tpu(cloud, verb, *argv, **env):
     "flags, kind",
     [
         (["--topology=v5p:8x8x8"], ["--accelerator-type=v5p-1024", "--node-id=run", "--runtime-version=v2-alpha-tpuv5"]),
+        (
+            ["--topology=v5p:4x4x32", "--spot"],
+            ["--type=v5p", "--topology=4x4x32", "--provisioning-model=spot", "--node-id=run", "--runtime-version=v2-alpha-tpuv5", "--spot"],
+        ),
         (["--topology=v5p:4x4x32"], ["--type=v5p", "--topology=4x4x32", "--node-id=run", "--runtime-version=v2-alpha-tpuv5"]),
         (
             ["--topology=v5e:16x16", "--slices=3", "--spot"],
@@ -100,6 +104,14 @@ def test_the_file_of_secrets_is_for_its_owner_alone(cloud):
     assert same.returncode == 0 and same.stdout.count("runs already") == 2
 
 
+def test_a_host_that_refuses_the_job_is_told_of(cloud):
+    assert tpu(cloud, "run", *INSTALL, "--", "bash", "-c", '[ "$HOSTNAME" = host0 ] || sleep 60').returncode == 0
+    cloud.wait("hosts/host0/scaling_jax/jobs/*/exit")
+    cloud.wait("hosts/host1/scaling_jax/jobs/*/pid")
+    done = tpu(cloud, "run", *INSTALL, "--", "true")
+    assert done.returncode == 1 and "started" in done.stdout and "another job runs" in done.stderr
+
+
 def test_stop_lets_the_run_save_on_every_host(cloud):
     assert tpu(cloud, "run", *INSTALL, "--", "python3", "-c", SAVES).returncode == 0
     cloud.wait("out/host?", 2)
@@ -123,7 +135,10 @@ def test_a_mounted_bucket_does_not_keep_the_job_alive(cloud):
     """Cloud Storage FUSE goes into the background, and must not inherit the lock by which a job is known to run."""
     assert tpu(cloud, "run", *INSTALL, "--bucket=data", "--", "true").returncode == 0
     cloud.wait("hosts/*/scaling_jax/jobs/*/exit", 2)
-    assert (cloud.home(0) / "gcsfuse").read_text().split()[-2:] == ["data", "/mnt/data"]
+    *flags, bucket, place = (cloud.home(0) / "gcsfuse").read_text().split()
+    assert (bucket, place) == ("data", "/mnt/data")
+    cached = {"--metadata-cache-ttl-secs=0", "--metadata-cache-negative-ttl-secs=0", "--enable-streaming-writes=false"}
+    assert set(flags) == {"--implicit-dirs", "--rename-dir-limit=100000", *cached}
     assert "exit 0" in tpu(cloud, "status").stdout
 
 
@@ -157,6 +172,7 @@ def test_logs_follow_the_host_that_is_asked_for(cloud):
         (["create", *PLACE, "--topology=v5p:8x8x7"], "v5p has 2x2x1"),
         (["create", *PLACE, "--topology=v7:8x8x7"], "chips are v4, v5e"),
         (["create", *PLACE, "--topology=v5e:4x4", "--slices=0"], "slices is 0"),
+        (["create", *PLACE, "--topology=v5e:4x4", "--slices=1001"], "slices is 1001: must be at most 1000"),
         (["create", *PLACE, "--topology=v5e:4x4", "--slices=two"], "invalid int value: 'two'"),
         (["create", *PLACE, "--topology=v5e:4x4", "--spot", "--reserved"], "at most one"),
         (["create", *PLACE, "--topology=tpu7x:4x4x4"], "launch/xpk.py"),
@@ -165,16 +181,28 @@ def test_logs_follow_the_host_that_is_asked_for(cloud):
         (["run", *PLACE, "--ref=x", "--", "true"], "--repository=… is missing"),
         (["run", *PLACE, "--repository=-x", "--ref=x", "--", "true"], "must not start with '-'"),
         (["run", *PLACE, *INSTALL, "--bucket=gs://x/y", "--", "true"], "name of a bucket alone"),
-        (["run", *PLACE, *INSTALL, "--secret_env=NOT_THERE", "--", "true"], "no such variable"),
-        (["run", *PLACE, *INSTALL, "--secret_env=sk-123", "--", "true"], "must be the name of"),
+        (["run", *PLACE, *INSTALL, "--bucket=Data", "--", "true"], "name of a bucket alone"),
+        (["run", *PLACE, *INSTALL, "--secret_env=PATH,ghp_123", "--", "true"], "entry 2 names no variable"),
+        (["run", *PLACE, *INSTALL, "--secret_env=sk-123", "--", "true"], "entry 1 must be the name of"),
+        (["run", *PLACE, "--ref=x", "--repository=https://me:ghp_123@x.org/a.git", "--", "true"], "without a password or token"),
+        (["run", *PLACE, "--ref=x", "--repository=HTTPS://ghp_123@x.org/a.git", "--", "true"], "without a password or token"),
+        (["run", *PLACE, "--ref=x", "--repository=ssh://git:ghp_123@x.org/a.git", "--", "true"], "without a password or token"),
+        (["keep", *PLACE, *INSTALL, "--topology=v5e:4x4", "--iap", "--internal_ip", "--", "true"], "--internal_ip and --iap: at most one"),
+        (["run", *PLACE, *INSTALL, "--", "\udcff"], "argument 7 is '\\udcff': must be UTF-8"),
+        (["stop", *PLACE, "--poll_seconds=0"], "--poll_seconds: must be positive and finite, not 0"),
+        (["keep", *PLACE, *INSTALL, "--topology=v5e:4x4", "--steady_seconds=nan", "--", "true"], "must be positive and finite, not nan"),
+        (["keep", *PLACE, *INSTALL, "--topology=v5e:4x4", "--poll_seconds=inf", "--", "true"], "must be positive and finite, not inf"),
+        (["logs", *PLACE, "--host=-1"], "--host: must be 0 or more, not -1"),
+        (["logs", *PLACE, "--slice=-1"], "--slice: must be 0 or more, not -1"),
         (["stop", *PLACE, "--", "true"], "unexpected command"),
-        (["keep", *PLACE, *INSTALL, "--topology=v5e:4x4", "--max_attempts=0", "--", "true"], "must be positive"),
+        (["keep", *PLACE, *INSTALL, "--topology=v5e:4x4", "--max_attempts=0", "--", "true"], "must be at least 1"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(cloud, argv, message):
     done = cloud.run("tpu.py", *argv)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not cloud.calls() and not done.stdout
+    assert "123" not in done.stderr  # of what may be a secret
 
 
 def test_without_gcloud_it_says_so(cloud):
@@ -186,3 +214,104 @@ def test_what_gcloud_refuses_is_exit_code_1(cloud):
     (cloud.root / "bin/gcloud").write_text("#!/bin/bash\necho 'ERROR: quota' >&2; exit 5\n")
     done = tpu(cloud, "create", "--topology=v5e:4x4")
     assert done.returncode == 1 and "ERROR: quota" in done.stderr and "failed with exit code 5" in done.stderr
+
+
+def test_a_gcloud_that_cannot_be_run_is_one_message(cloud):
+    (cloud.root / "bin/gcloud").chmod(0o644)
+    done = tpu(cloud, "delete", PATH=str(cloud.root / "bin"))
+    assert done.returncode == 2 and done.stderr == "tpu delete: gcloud cannot be run: Permission denied\n"
+
+
+def test_too_long_a_command_is_one_message(cloud):
+    done = tpu(cloud, "run", *INSTALL, "--", "echo", *["x" * 60000] * 3)
+    assert done.returncode == 2 and done.stderr == "tpu run: gcloud cannot be run: Argument list too long\n"
+
+
+def test_a_reader_that_ends_is_no_error(cloud):
+    process = cloud.start("tpu.py", "create", *PLACE, "--topology=v5e:4x4", "--dry_run")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+    process.stderr.close()
+
+
+def reaches_nobody(cloud, *verbs):
+    """gcloud 528 warns of hosts that it cannot prepare, goes on with those that are left, and exits with 0."""
+    gcloud = cloud.root / "bin/gcloud"
+    gcloud.write_text(gcloud.read_text().replace("verb = words[3]\n", f"verb = words[3]\nif verb in {verbs}: sys.exit(0)\n"))
+
+
+def test_a_start_that_reaches_nobody_is_a_failure(cloud):
+    reaches_nobody(cloud, "ssh")
+    done = tpu(cloud, "run", *INSTALL, "--", "true")
+    assert done.returncode == 1 and "runs on 0 host(s)" in done.stderr
+    assert "no host answered" in tpu(cloud, "stop").stderr
+
+
+def test_a_job_does_not_start_without_its_secrets(cloud):
+    reaches_nobody(cloud, "scp")
+    done = tpu(cloud, "run", *INSTALL, "--secret_env=TOKEN", "--", "touch", f"{cloud.root}/out/x", TOKEN=SECRET)
+    assert done.returncode == 1 and done.stderr.count("the secrets did not arrive") == 2
+    assert not list(cloud.root.glob("hosts/*/scaling_jax/jobs/*/job.sh"))
+
+
+def test_connections_to_hosts_that_are_gone_end(cloud):
+    assert tpu(cloud, "run", *INSTALL, "--secret_env=TOKEN", "--", "true", TOKEN=SECRET).returncode == 0
+    for verb, flag in (("ssh", "ssh-flag"), ("scp", "scp-flag")):
+        (call,) = [call for call in cloud.calls() if call[3] == verb]
+        assert {f"--{flag}=-oConnectTimeout=30", f"--{flag}=-oServerAliveInterval=15", f"--{flag}=-oServerAliveCountMax=4"} <= set(call)
+
+
+def test_a_job_in_its_setup_is_stopped_and_starts_anew(cloud):
+    (cloud.root / "bin/git").write_text('#!/bin/bash\n[ -e "$OUT/go" ] || sleep 60\n')
+    assert tpu(cloud, "run", *INSTALL, "--", "true").returncode == 0
+    cloud.wait("hosts/*/scaling_jax/jobs/*/leader", 2)
+    assert tpu(cloud, "status").stdout.count("running") == 2
+    assert tpu(cloud, "stop", "--poll_seconds=0.05", "--timeout_seconds=5").returncode == 0
+    assert tpu(cloud, "status").stdout.count("stopped") == 2
+    (cloud.root / "out/go").touch()
+    assert tpu(cloud, "run", *INSTALL, "--", "true").returncode == 0
+    cloud.wait("hosts/*/scaling_jax/jobs/*/pid", 2)
+    cloud.wait("hosts/*/scaling_jax/jobs/*/exit", 2)
+    assert tpu(cloud, "status").stdout.count("exit 0") == 2
+
+
+def test_stop_marks_a_job_that_failed_but_not_one_that_is_done(cloud):
+    assert tpu(cloud, "run", *INSTALL, "--", "bash", "-c", '[ "$HOSTNAME" = host0 ]').returncode == 0
+    for path in cloud.wait("hosts/*/scaling_jax/jobs/*/exit", 2):
+        while not path.read_text():
+            pass
+    assert tpu(cloud, "stop").returncode == 0
+    assert tpu(cloud, "status").stdout.split()[3:] == "host0 exit 0 host1 stopped".split()
+
+
+def test_a_host_that_goes_down_has_lost_the_job(cloud):
+    assert tpu(cloud, "run", *INSTALL, "--", "sleep", "60").returncode == 0
+    cloud.wait("hosts/*/scaling_jax/jobs/*/pid", 2)
+    cloud.close()  # kills all that they run
+    assert tpu(cloud, "status").stdout.count("lost") == 2
+
+
+def test_processes_of_a_run_wait_for_each_others_installation(cloud):
+    assert tpu(cloud, "run", *INSTALL, "--", "bash", "-c", 'echo "$SCALING_JAX_JOIN_SECONDS" > "$OUT/$HOSTNAME"').returncode == 0
+    cloud.wait("hosts/*/scaling_jax/jobs/*/exit", 2)
+    assert (cloud.root / "out/host1").read_text() == "900\n"
+
+
+def test_the_mount_outlasts_what_fresh_machines_do(cloud):
+    """apt that is locked, a connection that fails, and a Cloud Storage FUSE that died; what apt refuses ends it."""
+    (cloud.root / "bin/gcsfuse").unlink()
+    (cloud.root / "bin/sudo").write_text(
+        '#!/bin/bash\necho "$*" >> "$HOME/sudo"; [[ "$*" != *install* ]] || ln -sf /bin/true "$HOME/gcsfuse"\n'
+    )
+    (cloud.root / "bin/lsb_release").write_text("#!/bin/bash\necho jammy\n")
+    (cloud.root / "bin/lsb_release").chmod(0o755)
+    tpu(cloud, "run", *INSTALL, "--bucket=data", "--", "true")
+    cloud.wait("hosts/*/scaling_jax/jobs/*/exit", 2)
+    told = [line for line in (cloud.home(0) / "sudo").read_text().splitlines() if not line.startswith("tee")]
+    assert told[0].startswith("curl --fail") and "--retry 5" in told[0]
+    assert told[1:3] == [f"apt-get -o DPkg::Lock::Timeout=600 {words}" for words in ("update --quiet", "install --quiet --yes gcsfuse")]
+    assert told[3] == "umount -l /mnt/data" and told[4] == "mkdir -p /mnt/data"
+    (cloud.root / "bin/sudo").write_text('#!/bin/bash\necho "$*" >> "$HOME/again"; [[ "$*" != *update* ]]\n')
+    tpu(cloud, "run", *INSTALL, "--bucket=data", "--", "true", "again")
+    cloud.wait("hosts/*/scaling_jax/jobs/*/exit", 4)
+    assert "update" in (cloud.home(0) / "again").read_text().splitlines()[-1] and "setup 1" in tpu(cloud, "status").stdout

@@ -33,6 +33,7 @@ PRINT = [sys.executable, "-c", "import json,os,sys; print(json.dumps([sys.argv[1
 FAKE = f"#!{sys.executable}\n" + (
     "import os, stat, sys; path = dict(w.split('=', 1) for w in sys.argv if w.startswith('--') and '=' in w)['--env-file'];"
     "assert stat.S_IMODE(os.stat(path).st_mode) == 0o600; open('environment', 'w').write(open(path).read());"
+    "open(os.environ['TMPDIR'] + '/workload.yaml', 'w'); open('tmpdir', 'w').write(os.environ['TMPDIR']);"
     "open('argv', 'w').write('\\0'.join(sys.argv))"
 )
 
@@ -53,7 +54,14 @@ def command_of(text):
             [*RUN, "--priority=high", "--max_restarts=5", "--bucket=data", "--", "scaling-jax", "train", "--workdir=/mnt/data/a"],
             "xpk workload create --workload=run --cluster=pod --zone=us-east5-a --project=p --tpu-type=v5p-8x8x8 --num-slices=2 "
             "--docker-image=gcr.io/p/image:1 --priority=high --max-restarts=5 --termination-grace-period-seconds=120 "
-            "--restart-on-exit-codes=3 --storage=data '--command=exec scaling-jax train --workdir=/mnt/data/a'",
+            "--restart-on-exit-codes=3 --storage=data "
+            "'--command=export SCALING_JAX_JOIN_SECONDS=1800; exec scaling-jax train --workdir=/mnt/data/a'",
+        ),
+        (
+            ["attach", *PLACE, "--bucket=data"],
+            "xpk storage attach data --bucket=data --cluster=pod --zone=us-east5-a --project=p --type=gcsfuse --mount-point=/mnt/data "
+            "--readonly=false --auto-mount=false --size=1000 --mount-options=implicit-dirs,rename-dir-limit=100000,"
+            "metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0,write:enable-streaming-writes:false",
         ),
         (
             ["cluster", *PLACE, "--topology=v5e:16x16", "--slices=2", "--spot"],
@@ -97,6 +105,7 @@ def test_secrets_go_by_a_file_of_mode_600_and_are_printed_nowhere(tmp_path):
     assert done.returncode == 0, done.stderr
     told = dry.stdout + dry.stderr + done.stdout + done.stderr + (tmp_path / "argv").read_text()
     assert "s3cret" not in told and base64.b64encode(b"export TOKEN")[:12].decode() not in told
+    assert not Path((tmp_path / "tmpdir").read_text()).exists()  # where xpk leaves the workload, secrets and all
     name, value = (tmp_path / "environment").read_text().rstrip("\n").split("=", 1)
     line = next(word for word in (tmp_path / "argv").read_text().split("\0") if word.startswith("--command="))
     inside = subprocess.run(["bash", "-c", f"({line[10:]})"], env={**os.environ, name: value}, capture_output=True, text=True)
@@ -145,6 +154,22 @@ def test_xpk_understands_them(topology, tmp_path):
     assert json.loads(inside.stdout)[0] == NASTY
 
 
+@pytest.mark.skipif(shutil.which("xpk") is None, reason="xpk is not installed")
+@pytest.mark.parametrize(
+    "argv, printed",
+    [
+        (["status", *PLACE], "kubectl get workloads"),
+        (["delete", *PLACE, "--name=run"], " run -n default"),
+        (["delete-cluster", *PLACE], "clusters delete pod"),
+    ],
+)
+def test_xpk_takes_the_other_commands(argv, printed, tmp_path):
+    command = shlex.split(xpk(*argv, "--dry_run").stdout)
+    home = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, env=home, cwd=tmp_path)
+    assert done.returncode == 0 and printed in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -157,6 +182,12 @@ def test_xpk_understands_them(topology, tmp_path):
         (["cluster", *PLACE, "--topology=v5p:8x8x8"], "one of --spot, --on_demand and --reservation"),
         (["cluster", *PLACE, "--topology=v5p:8x8x8", "--spot", "--on_demand"], "one of --spot"),
         (["attach", *PLACE], "--bucket=… is missing"),
+        (["attach", *PLACE, "--bucket=gs://x"], "--bucket=gs://x: must be the name of a bucket alone"),
+        ([*RUN, "--bucket=a/b", "--", "true"], "--bucket=a/b: must be the name of a bucket alone"),
+        ([*RUN, "--restart_on_exit_codes=3,x", "--", "true"], "--restart_on_exit_codes=3,x: must be numbers from 0 to 255"),
+        ([*RUN, "--restart_on_exit_codes=256", "--", "true"], "--restart_on_exit_codes=256: must be numbers"),
+        ([*RUN, "--slices=1001", "--", "true"], "slices is 1001: must be at most 1000"),
+        (["logs", *PLACE, "--name=run", "--host=-1"], "--host: must be 0 or more"),
         (["logs", *PLACE], "--name=…"),
     ],
 )

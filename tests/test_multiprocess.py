@@ -51,11 +51,14 @@ def free_port() -> int:
 class Run:
     """The processes of one start of a run."""
 
-    def __init__(self, root: Path, name: str, processes: int, workdirs: list[Path] | None = None, **fields: Any):
+    def __init__(self, root: Path, name: str, processes: int, workdirs: list[Path] | None = None, breaks: str = "", **fields: Any):
         self.notes, self.workdir = root / f"{name}-notes", root / name
         self.notes.mkdir(exist_ok=True)
+        if breaks:
+            (self.notes / "break").write_text(breaks)
         self.outputs = [self.notes / f"output-{process}" for process in range(processes)]
         of_each = fields.pop("of_each", [[]] * processes)
+        program = fields.pop("program", [str(FOLDER / "process.py"), str(self.notes)])
         overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in (FIELDS | fields).items()]
         port = free_port()
         flags = f"--xla_force_host_platform_device_count={DEVICES // processes} --xla_cpu_collective_call_terminate_timeout_seconds=600"
@@ -63,7 +66,7 @@ class Run:
         self.processes = []
         for process in range(processes):
             workdir = workdirs[process] if workdirs else self.workdir
-            command = [sys.executable, str(FOLDER / "process.py"), str(self.notes), "train", f"--config={CONFIG}", f"--workdir={workdir}"]
+            command = [sys.executable, *program, "train", f"--config={CONFIG}", f"--workdir={workdir}"]
             place = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={process}"] if processes > 1 else []
             with self.outputs[process].open("wb") as out:
                 self.processes.append(
@@ -83,7 +86,8 @@ class Run:
         deadline = time.monotonic() + seconds
         while not happened():
             if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
-                self.wait(0)
+                for process in self.processes:
+                    process.kill()
                 raise AssertionError("\n".join(map(self.said, range(len(self.processes)))))
             time.sleep(0.1)
 
@@ -97,7 +101,8 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         path = self.workdir / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")  # the last line may be half-written yet
+        return [json.loads(line) for line in whole.splitlines()]
 
     def training(self) -> list[dict[str, Any]]:
         return [record for record in self.records() if "loss" in record]
@@ -270,7 +275,9 @@ def same_refusal(run: Run, words: list[str]) -> None:
 
 
 def test_processes_with_other_configs_are_refused(tmp_path: Path):
-    run = Run(tmp_path, "run", 2, of_each=[[], ["--config.optimizer.lr=0.5", "--config.train.accumulation=4"]])
+    run = Run(
+        tmp_path, "run", 2, program=["-m", "scaling_jax"], of_each=[[], ["--config.optimizer.lr=0.5", "--config.train.accumulation=4"]]
+    )
     name = socket.gethostname()
     same_refusal(run, [f"config.optimizer.lr: {2.0**-9} on process 0 ({name}), 0.5 on process 1 ({name})", "config.train.accumulation: 1"])
     assert not run.workdir.exists()
@@ -283,10 +290,8 @@ def test_a_workdir_that_is_not_shared_is_refused(tmp_path: Path):
 
 
 def test_what_fails_in_one_process_is_told_in_the_others(tmp_path: Path):
-    (tmp_path / "run-notes").mkdir()
-    (tmp_path / "run-notes" / "break").write_text("open 1")
-    run = Run(tmp_path, "run", 2)
-    assert run.wait(SOON) == [3, 1]
+    run = Run(tmp_path, "run", 2, breaks="open 1")
+    assert run.wait() == [3, 1]
     assert "process 1 of 2" in run.said(0) and "failed: RuntimeError: no such luck" in run.said(0) and "Traceback" not in run.said(0)
     assert "RuntimeError: no such luck" in run.said(1).splitlines()[-1] and "Traceback" in run.said(1)
 
@@ -335,12 +340,29 @@ def test_a_damaged_checkpoint_is_set_aside_on_all(tmp_path: Path):
 
 @pytest.mark.slow  # as above
 def test_a_full_disk_ends_all(tmp_path: Path):
-    (tmp_path / "run-notes").mkdir()
-    (tmp_path / "run-notes" / "break").write_text("write 0")
-    run = Run(tmp_path, "run", 2)
+    run = Run(tmp_path, "run", 2, breaks="write 0")
     assert run.wait() == [2, 2]
     assert run.said(0).endswith("continues from its last checkpoint") and "no space left on the disk" in run.said(0)
     assert "process 0 of 2" in run.said(1) and "no space left on the disk" in run.said(1)
+
+
+@pytest.mark.slow  # as above
+def test_a_checkpoint_that_one_process_cannot_write_ends_all(tmp_path: Path):
+    """Orbax would wait for it for 20 minutes."""
+    run = Run(tmp_path, "run", 2, breaks="save 1")
+    assert run.wait() == [3, 1]
+    (last,) = run.said(0).splitlines()[-1:]
+    assert last.startswith("scaling-jax train: process 1 of 2") and "File too large" in run.said(1) and len(last) < 600
+
+
+@pytest.mark.slow  # as above
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_that_is_killed_once_all_is_done_ends_no_other(tmp_path: Path, process: int):
+    run = Run(tmp_path, "run", 2, breaks=f"leave {process}", train__tokens=2 * STEP)
+    codes = run.wait()
+    assert codes.pop(process) == -signal.SIGKILL and codes == [0]
+    assert "ended without a word" not in run.said(1 - process)
+    assert json.loads((run.workdir / "summary.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.slow  # half a minute

@@ -102,6 +102,7 @@ def test_every_shape_is_parsed_and_fits_hosts(chip):
     ("v5p:4x4x" + "9" * 5000, 1, "multiples of 4"),
     ("v5e:4x4x4", 1, "v5e has 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
     ("v5e:8x4", 1, "v5e has 1x1"),
+    ("v5e:4x4", 1001, "slices is 1001: must be at most 1000"),
     ("v5litepod:4x4", 1, "chips are v4, v5e, v5p, v6e, tpu7x"),
     ("", 1, "such as v5p:4x4x4"),
     ("v5e:4x4", 0, "slices is 0: must be at least 1"),

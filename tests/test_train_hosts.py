@@ -1,9 +1,14 @@
 """Processes that meet, decide and are refused, as threads of this one; tests/test_multiprocess.py has real ones, which fail and end."""
 
+import contextlib
+import importlib.metadata
+import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +18,7 @@ from scaling_jax.errors import UserError
 from scaling_jax.train import hosts as hosts_lib
 from scaling_jax.train import joining, meeting
 from scaling_jax.train.hosts import ALONE, Hosts
-from scaling_jax.train.meeting import Place, meet
+from scaling_jax.train.meeting import FAILED, Link, Met, Place, meet
 
 
 def free_port() -> int:
@@ -22,13 +27,23 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+class Ended(BaseException):
+    """Instead of the end of the process, whose exit code it has."""
+
+
 made: list[Hosts] = []
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(meeting, "JOIN_SECONDS", 2.0)
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.delenv("SCALING_JAX_JOIN_SECONDS", raising=False)
+    monkeypatch.setattr(meeting, "JOIN_SECONDS", 20.0)
+    monkeypatch.setattr(meeting, "LATE_SECONDS", 0.3)
     monkeypatch.setattr(hosts_lib, "BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(hosts_lib.os, "_exit", end)
     yield
     for hosts in made:  # a test that fails leaves some that would end this process
         hosts._over.set()
@@ -157,17 +172,30 @@ def test_facts_that_differ_are_all_named():
     ]
 
 
-def test_a_process_that_does_not_come_is_named():
+def test_a_process_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SCALING_JAX_JOIN_SECONDS", "2")
     three = places(3)
-    assert f"--coordinator={three[0].coordinator}: 2 of 3 processes came within 2 s; missing 1." in refusal(met([three[0], three[2]]))
+    found = met([three[0], three[2]])
+    assert f"--coordinator={three[0].coordinator}: 2 of 3 processes came within 2 s; missing 1." in refusal(found)
+    assert [error.code for error in found] == [FAILED] * 2  # it may come yet
 
 
-def test_a_coordinator_that_cannot_be_reached_is_named():
-    place = Place(f"127.0.0.1:{free_port()}", 2, 1)
-    with pytest.raises(UserError, match=f"--coordinator={place.coordinator}: process 0 cannot be reached there within 2 s .*refused"):
-        meet(place, {})
+def test_a_coordinator_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SCALING_JAX_JOIN_SECONDS", "0.5")
+    by_hand = Place(f"127.0.0.1:{free_port()}", 2, 1)
+    for place, code in ((by_hand, 2), (by_hand._replace(detected=True), FAILED)):
+        with pytest.raises(UserError, match=f"--coordinator={place.coordinator}: process 0 cannot be reached there .*refused") as error:
+            meet(place, {})
+        assert error.value.code == code
     with pytest.raises(UserError, match="--coordinator=no.such.host.invalid:80: process 0 cannot be reached there"):
         meet(Place("no.such.host.invalid:80", 2, 1), {})
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0", "-1", "nan", "inf"])
+def test_seconds_that_are_no_positive_number_are_refused(monkeypatch: pytest.MonkeyPatch, text: str):
+    monkeypatch.setenv("SCALING_JAX_JOIN_SECONDS", text)
+    with pytest.raises(UserError, match=f"SCALING_JAX_JOIN_SECONDS={text}: must be a positive number"):
+        meet(Place("here:1", 2, 1), {})
 
 
 def test_a_port_in_use_is_named():
@@ -188,22 +216,154 @@ def test_another_number_of_processes_is_refused():
     assert "--processes=2 on process 0, --processes=4 on process 3" in refusal(met([first, Place(first.coordinator, 4, 3)]))
 
 
+def test_who_comes_after_the_refusal_is_refused_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(meeting, "LATE_SECONDS", 10.0)
+    first, second, third = places(3)
+    acts = [(first, 0), (second, 0), (second, 0.2), (third, 1)]
+    started = time.monotonic()
+    found = all_at_once(*(lambda place=place, late=late: time.sleep(late) or meet(place, {}) for place, late in acts))
+    assert "--process=1: given twice" in refusal(found) and time.monotonic() - started < 8  # no longer than until all have come
+
+
+def test_one_that_came_and_went_may_come_again():
+    first, second, third = places(3)
+
+    def come_and_go() -> None:
+        link = knock(first)
+        link.sendall(hello(process=1, processes=3))
+        time.sleep(0.3)
+        link.close()
+
+    found = all_at_once(lambda: meet(first, {}), come_and_go, *(lambda p=p: time.sleep(0.8) or meet(p, {}) for p in (second, third)))
+    assert set(found[0].links) == {1, 2} and len(found[2].names) == 3
+
+
+def knock(place: Place) -> socket.socket:
+    """A connection to process 0, as soon as there is one."""
+    for _ in range(1000):
+        try:
+            return socket.create_connection(("127.0.0.1", int(place.coordinator.rpartition(":")[2])))
+        except OSError:
+            time.sleep(0.01)
+    raise AssertionError("nobody listens")
+
+
+def hello(**changes: Any) -> bytes:
+    """What process 1 of 2 says at the meeting."""
+    return json.dumps({"magic": "scaling_jax 1", "process": 1, "processes": 2, "name": "x", "facts": {}} | changes).encode() + b"\n"
+
+
 def test_somebody_elses_knock_is_ignored():
     two = places(2)
-    port = int(two[0].coordinator.rpartition(":")[2])
+    others = [b"GET / HTTP/1.1\r\n\r\n", b"5\n", b'{"magic": "?"}\n', b"\xff\n", b"[" * 200_000 + b"\n", b"x" * 3_000_000]
+    others += [b'{"magic": "scaling_jax 1"}\n', b"{}\n" + hello(), hello(name=1), hello(facts=5), hello(processes=True)]
+    others += [hello(process=process) for process in ([1], "1", None, -1, 2, 1.0, True)]
 
-    def knock() -> None:
-        for words in (b"GET / HTTP/1.1\r\n\r\n", b"5\n", b'{"magic": "?"}\n', b"\xff\n"):
-            for _ in range(100):
-                try:
-                    with socket.create_connection(("127.0.0.1", port)) as sock:
-                        sock.sendall(words)
-                    break
-                except OSError:
-                    time.sleep(0.01)
+    def disturb() -> None:
+        for words in others:
+            with knock(two[0]) as sock, contextlib.suppress(OSError):
+                sock.sendall(words)
+                sock.recv(1)  # closed without a word
 
-    first, _, second = all_at_once(lambda: meet(two[0], {}), knock, lambda: time.sleep(0.3) or meet(two[1], {}))
+    first, _, second = all_at_once(lambda: meet(two[0], {}), disturb, lambda: time.sleep(0.5) or meet(two[1], {}))
     assert set(first.links) == {1} and set(second.links) == {0} and len(first.names) == 2
+
+
+def test_silent_connections_keep_nobody_out():
+    two = places(2)
+    silent = []
+    started = time.monotonic()
+    first, _, second = all_at_once(
+        lambda: meet(two[0], {}), lambda: silent.extend(knock(two[0]) for _ in range(3)), lambda: time.sleep(0.3) or meet(two[1], {})
+    )
+    assert set(first.links) == {1} and set(second.links) == {0} and time.monotonic() - started < 4
+    for sock in silent:
+        assert sock.recv(1) == b""  # closed
+        sock.close()
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return socket.create_connection(listener.getsockname()), listener.accept()[0]
+
+
+def test_what_comes_with_the_welcome_is_heard():
+    """Process 0 may decide, or fail, before another one has read that it is welcome."""
+    ours, theirs = connected()
+    theirs.sendall(b'{"welcome": ["a", "b"]}\n{"told": 1, "value": 5}\n')
+    link = Link(ours)
+    answer = link.read_one(time.monotonic() + 5)
+    made.append(Hosts(1, Met({0: link}, answer["welcome"])))
+    (told,) = all_at_once(lambda: made[-1].tell(lambda: fail("not process 0")))
+    assert told == 5
+    made[-1]._over.set()
+    theirs.close()
+
+
+def in_two(process: int) -> tuple[Hosts, Link]:
+    """Process `process` of two, which watches nothing by itself, and the other's end of its connection."""
+    ours, theirs = map(Link, connected())
+    hosts = Hosts()
+    hosts.process, hosts.names, hosts._links = process, ["a", "b"], {1 - process: ours}
+    return hosts, theirs
+
+
+def no_room() -> None:
+    raise OSError("no space left on device")
+
+
+def test_a_stderr_that_cannot_be_written_holds_nobody_up(monkeypatch: pytest.MonkeyPatch):
+    class Full:
+        write = flush = staticmethod(lambda *_: no_room())
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    hosts, _ = in_two(1)
+    with pytest.raises(Ended, match="3"):
+        hosts.end_cut_off()
+    hosts, other = in_two(1)
+    hosts.fail(RuntimeError("no such luck"), no_room)
+    assert other.read()[0]["reason"] == "failed: RuntimeError: no such luck"
+    with pytest.raises(Ended, match="1"):
+        joining._exit(in_two(1)[0], RuntimeError("no such luck"), "x")
+
+
+def test_the_others_are_told_before_anything_is_said():
+    hosts, other = in_two(1)
+    heard = []
+    hosts.fail(ValueError("long\n" + "and wide " * 1000), lambda: heard.extend(other.read()))
+    assert heard[0]["code"] == FAILED and heard[0]["reason"].startswith("failed: ValueError: long and wide and wide ")
+    assert "\n" not in heard[0]["reason"] and len(heard[0]["reason"]) < 220
+    hosts, other = in_two(1)
+    hosts.fail(UserError("mend this"), lambda: None)
+    assert other.read() == [{"failed": 1, "reason": "failed: mend this", "code": 2}]
+
+
+def test_who_has_left_ends_with_the_code_of_the_run(capsys: pytest.CaptureFixture[str]):
+    both = several(2)
+    leave(both)
+    both[0].code = 143
+    for link in both[1]._links.values():
+        link.sock.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(Ended, match="143"):
+        both[0].end_well()
+    assert both[0].left and capsys.readouterr().err == ""
+
+
+def test_a_source_checkout_has_no_version_but_a_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def version(name: str) -> str:
+        if name == "scaling_jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    codes = []
+    for text in ("x = 1", "x = 2", "x = 1"):
+        (tmp_path / "module.py").write_text(text)
+        monkeypatch.setattr(joining.scaling_jax, "__file__", str(tmp_path / "__init__.py"))
+        versions = joining._versions()
+        assert versions["scaling_jax"] == "not installed" and versions["jax"] == "1.0"
+        codes.append(versions["code of scaling_jax"])
+    assert codes[0] != codes[1] and codes[0] == codes[2]
 
 
 def test_flags_name_a_place():
@@ -255,7 +415,7 @@ def test_the_environment_names_a_place(monkeypatch: pytest.MonkeyPatch):
     assert joining.place_of_environment() is None
     for name, value in (SLURM | {"SLURM_NTASKS": "4"}).items():
         monkeypatch.setenv(name, value)
-    assert joining.place_of_environment() == Place("node01:61510", 4, 2, [0])
+    assert joining.place_of_environment() == Place("node01:61510", 4, 2, [0], detected=True)
     for name in SLURM:
         monkeypatch.delenv(name)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")

@@ -23,7 +23,6 @@ LAYOUTS = {
     "7b": {
         "v5p:8x8x8": {"replica": 64, "fsdp": 8},
         "v6e:16x16": {"replica": 16, "fsdp": 16},
-        "tpu7x:4x4x4": {"replica": 16, "fsdp": 8},
     },
     "70b": {
         "v5p:16x16x16": {"replica": 64, "fsdp": 16, "tensor": 4},

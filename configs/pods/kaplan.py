@@ -14,7 +14,7 @@ from pathlib import Path
 from scaling_jax.errors import UserError
 
 RECIPE = runpy.run_path(str(Path(__file__).parents[1] / "kaplan.py"))
-LAYOUTS = {"v5e:8x8": {"replica": 8, "fsdp": 8}, "v6e:8x8": {"replica": 8, "fsdp": 8}, "v5p:4x4x4": {"replica": 16, "fsdp": 4}}
+LAYOUTS = {"v5e:8x8": {"replica": 8, "fsdp": 8}, "v5p:4x4x4": {"replica": 16, "fsdp": 4}}
 
 
 def get_config(topology: str = ""):

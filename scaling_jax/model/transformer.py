@@ -162,10 +162,11 @@ class Transformer(nnx.Module):
     ) -> tuple[Array, Array | None]:
         dtype = jnp.dtype(self.config.compute_dtype)
         probe_B, metric_VxD, carrier_BxLxD = None if probe is None else probe["embedding"], value_of(metric, "embedding"), None
+        of_mesh = {"dtype": dtype, "look_up": look_up, "shards": batch_shards()}
         if self.config.tied_embeddings and probe is not None:
-            x_BxLxD, carrier_BxLxD = embed_tied(self.embedding[...], tokens_BxL, probe_B, metric_VxD, dtype=dtype, look_up=look_up)
+            x_BxLxD, carrier_BxLxD = embed_tied(self.embedding[...], tokens_BxL, probe_B, metric_VxD, **of_mesh)
         else:
-            x_BxLxD = embed(self.embedding[...], tokens_BxL, probe_B, metric_VxD, dtype=dtype, look_up=look_up)
+            x_BxLxD = embed(self.embedding[...], tokens_BxL, probe_B, metric_VxD, **of_mesh)
         x_BxLxD = constrain(x_BxLxD, "batch", "sequence", "residual")
         if self.config.positions == "learned":
             if tokens_BxL.shape[1] > self.config.context:

@@ -256,6 +256,7 @@ def embed(
     *,
     dtype: jnp.dtype = jnp.float32,
     look_up: LookUp = rows_of,
+    shards: int | Shards = 1,
 ) -> Array:
     """Rows of the table, in `dtype`; their gradient is summed in float32.
 
@@ -264,7 +265,7 @@ def embed(
     """
     if probe_B is None:
         return look_up(table_VxD, tokens_BxL, dtype)
-    return embed_tied(table_VxD, tokens_BxL, probe_B, metric_VxD, dtype=dtype, look_up=look_up)[0]
+    return embed_tied(table_VxD, tokens_BxL, probe_B, metric_VxD, dtype=dtype, look_up=look_up, shards=shards)[0]
 
 
 def embed_tied(
@@ -275,6 +276,7 @@ def embed_tied(
     *,
     dtype: jnp.dtype = jnp.float32,
     look_up: LookUp = rows_of,
+    shards: int | Shards = 1,
 ) -> tuple[Array, Array]:
     """The embedding of a tied pair: rows of the table, and an all-zero carrier to hand to `unembed_tied`.
 
@@ -285,32 +287,42 @@ def embed_tied(
       x_BxLxD, carrier_BxLxD (float32 zeros).
     """
     _check_probe(probe_B, metric_VxD)
-    return _rows(look_up, look_up(table_VxD, tokens_BxL, dtype), tokens_BxL, probe_B, metric_VxD)
+    shards = as_shards(shards)
+    check_shards(tokens_BxL.shape[0], shards)
+    return _rows(look_up, shards, look_up(table_VxD, tokens_BxL, dtype), tokens_BxL, probe_B, metric_VxD)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(look_up, x_BxLxD, tokens_BxL, probe_B, metric_VxD):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rows(look_up, shards, x_BxLxD, tokens_BxL, probe_B, metric_VxD):
     return x_BxLxD, jnp.zeros(x_BxLxD.shape, jnp.float32)
 
 
-def _rows_fwd(look_up, x_BxLxD, tokens_BxL, probe_B, metric_VxD):
-    return _rows(look_up, x_BxLxD, tokens_BxL, probe_B, metric_VxD), (tokens_BxL, metric_VxD)
+def _rows_fwd(look_up, shards, x_BxLxD, tokens_BxL, probe_B, metric_VxD):
+    return _rows(look_up, shards, x_BxLxD, tokens_BxL, probe_B, metric_VxD), (tokens_BxL, metric_VxD)
 
 
-def _rows_bwd(look_up, residuals, cotangents):
+def _rows_bwd(look_up, shards, residuals, cotangents):
     tokens_BxL, metric_VxD = residuals
-    dx_BxLxD, u_BxLxD = (c.astype(jnp.float32) for c in cotangents)
-    same_BxLxL = tokens_BxL[:, :, None] == tokens_BxL[:, None, :]
+    metric_BxLxD = None if metric_VxD is None else look_up(metric_VxD, tokens_BxL, jnp.float32)
 
-    def sq_norms(weighed_BxLxD: Array) -> Array:  # dx, times its rows of the metric
-        gram_BxLxL = jnp.einsum("bld,bmd->blm", weighed_BxLxD, dx_BxLxD)
-        return jnp.sum(jnp.where(same_BxLxL, gram_BxLxL, 0.0), axis=(1, 2)) + 2 * jnp.sum(weighed_BxLxD * u_BxLxD, axis=(1, 2))
+    def sq_norms(tokens_BxL: Array, dx_BxLxD: Array, u_BxLxD: Array, metric_BxLxD: Array | None) -> Array:
+        dx_BxLxD, u_BxLxD = dx_BxLxD.astype(jnp.float32), u_BxLxD.astype(jnp.float32)
+        same_BxLxL = tokens_BxL[:, :, None] == tokens_BxL[:, None, :]
 
-    sq_norms_B = sq_norms(dx_BxLxD)
-    if metric_VxD is not None:
-        metric_BxLxD = look_up(metric_VxD, tokens_BxL, jnp.float32)
-        sq_norms_B = jnp.stack([sq_norms_B, sq_norms(dx_BxLxD * metric_BxLxD)], axis=1)
-    return cotangents[0], None, sq_norms_B, None
+        def weighed(weighed_BxLxD: Array) -> Array:  # dx, times its rows of the metric
+            gram_BxLxL = jnp.einsum("bld,bmd->blm", weighed_BxLxD, dx_BxLxD)
+            return jnp.sum(jnp.where(same_BxLxL, gram_BxLxL, 0.0), axis=(1, 2)) + 2 * jnp.sum(weighed_BxLxD * u_BxLxD, axis=(1, 2))
+
+        if metric_BxLxD is None:
+            return weighed(dx_BxLxD)
+        return jnp.stack([weighed(dx_BxLxD), weighed(dx_BxLxD * metric_BxLxD)], axis=1)
+
+    of = tokens_BxL, *cotangents, metric_BxLxD
+    if shards.count == 1:
+        return cotangents[0], None, sq_norms(*of), None
+    # One sequence of each device at a time, as a gram of all would be among the largest arrays of a step.
+    each_NxS = jax.lax.map(lambda one: sq_norms(*one), jax.tree.map(lambda x: by_shard(x, shards), of))
+    return cotangents[0], None, each_NxS.swapaxes(0, 1).reshape(-1, *each_NxS.shape[2:]), None
 
 
 _rows.defvjp(_rows_fwd, _rows_bwd)

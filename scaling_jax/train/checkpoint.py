@@ -7,6 +7,7 @@ set aside and the one before it is used.
 import dataclasses
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,6 +85,14 @@ class _Manager(ocp.CheckpointManager):
         return self.preempted
 
 
+def _meet_unless_failed(*, key: str, timeout_ms: int) -> None:
+    """Where Orbax's threads wait for each other. One whose part of a save failed does so too, in a `finally`, at a point that the others
+    never come to, and keeps its error until then; it is to raise that error at once."""
+    if error := sys.exception():
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 class Checkpoints:
     """The checkpoints of one work directory. Close it, or use it as a context manager, so that the last save completes.
 
@@ -99,6 +108,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep_latest), KeepAt(tuple(keep_at_tokens))]),
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(barrier_sync_fn=_meet_unless_failed) if hosts.count > 1 else None,
             ),
         )
         self._manager = self._open()

@@ -15,14 +15,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from scaling_jax.errors import UserError
-from scaling_jax.train.meeting import Link, Met, differences, readable
+from scaling_jax.train.meeting import FAILED, Link, Met, differences, readable
 
 T = TypeVar("T")
 
 LOST_SECONDS = 45.0  # of silence, after which a process counts as lost
 BEAT_SECONDS = 2.0  # between two signs of life
 LINGER_SECONDS = 5.0  # that process 0, whose end would end the others, waits for them to end by themselves
-FAILED = 3  # exit code of a process that ends because another one failed
+_REASON_LETTERS = 200  # of an error, in the others' message
 
 _COMMUNICATION = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection reset", "Socket closed", "coordination", "barrier", "heartbeat")
 
@@ -32,6 +32,8 @@ class Hosts:
 
     def __init__(self, process: int = 0, met: Met | None = None, program: str = "scaling-jax train"):
         self.process = process
+        self.code = 0  # exit code of the run, once it is over: whoever has it sets it
+        self.left = False  # this process's part of the run is done
         self.names = met.names if met else [""]
         self._program = program
         self._links: dict[int, Link] = dict(met.links) if met else {}
@@ -110,24 +112,28 @@ class Hosts:
         """At the end of the run. From here on an end is no failure."""
         self.collect(None)
         self._over.set()
+        self.left = True
+
+    def end_well(self) -> None:
+        """Ends this process, which has left, though another one was lost meanwhile."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        self._linger()
+        os._exit(self.code)
 
     def fail(self, error: BaseException, say: Callable[[], None]) -> None:
-        """Before this process ends with `error`, which `say` says here: the others are told, and end too."""
+        """Before this process ends with `error`, which `say` says here, if it can: the others are told, and end too."""
         if self._over.is_set():  # they know
-            say()
+            with contextlib.suppress(OSError, ValueError):
+                say()
             self._linger()
             return
         if _is_of_communication(error):  # another's failure, most likely: its own message then ends this process
             time.sleep(LOST_SECONDS + 2 * BEAT_SECONDS)
         self._last_words.acquire()
-        say()
-        if isinstance(error, KeyboardInterrupt):
-            reason = "was interrupted"
-        else:
-            text = str(error) or type(error).__name__
-            reason = f"failed: {text if isinstance(error, UserError) else f'{type(error).__name__}: {text.splitlines()[0]}'}"
-        failure = {"failed": self.process, "reason": reason, "code": 2 if isinstance(error, UserError) else FAILED}
-        self._send_all(failure)
+        self._send_all({"failed": self.process, "reason": _reason(error), "code": error.code if isinstance(error, UserError) else FAILED})
+        with contextlib.suppress(OSError, ValueError):
+            say()
         self._linger()
 
     def is_cut_off(self) -> bool:
@@ -164,6 +170,9 @@ class Hosts:
             link.send(message)
 
     def _watch(self) -> None:
+        for process, link in list(self._links.items()):
+            for message in link.take_kept():
+                self._take(process, message)
         beaten = -float("inf")
         while self._links:
             now = time.monotonic()
@@ -217,7 +226,8 @@ class Hosts:
             reason += " here, the others say"
         again = "; the same command on all hosts continues from the last checkpoint" if failure["code"] == FAILED else ""
         text = f"{self._name(failure['failed'])} {reason}. This is {self._name(self.process)}, which ends too{again}"
-        print(f"{self._program}: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # a disk that is full, or nobody who listens
+            print(f"{self._program}: {text}", file=sys.stderr, flush=True)
         self._linger()
         os._exit(failure["code"])
 
@@ -236,6 +246,15 @@ class Hosts:
 
 
 ALONE = Hosts()
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "was interrupted"
+    if isinstance(error, UserError):
+        return f"failed: {error}"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"failed: {text if len(text) <= _REASON_LETTERS else text[:_REASON_LETTERS] + '…'}"
 
 
 def _is_of_communication(error: BaseException) -> bool:

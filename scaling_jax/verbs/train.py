@@ -35,7 +35,7 @@ def _define(values: flags.FlagValues) -> None:
         "HOST:PORT of process 0, where the processes of several hosts meet; what a TPU pod, GKE or Slurm says if not given",
         flag_values=values,
     )
-    flags.DEFINE_integer("processes", None, "how many processes train together; 1 is this host alone, on a pod too", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many processes train together; 1 is this host alone", flag_values=values)
     flags.DEFINE_integer("process", None, "which of them this is, from 0; give all the same command but for this", flag_values=values)
 
 
@@ -47,7 +47,8 @@ def _run(values: flags.FlagValues) -> int:
     facts = {f"config.{name}": value for name, value in config_lib.flatten(values.config).items()} if values.config else {}
     facts |= {f"--{name}": values[name].value for name in ("overwrite", "profile_at_tokens")}
     with joining.joined(place, facts) as hosts:
-        return _train(values, hosts)
+        hosts.code = _train(values, hosts)
+        return hosts.code
 
 
 def _train(values: flags.FlagValues, hosts: Hosts) -> int:

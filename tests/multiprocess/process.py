@@ -1,12 +1,15 @@
 """One process of a run of several, as `scaling-jax` with less patience: process.py NOTES ARGUMENTS…
 
 Into the folder NOTES it writes what it read of each batch and put on its devices, and its shards of the states that it saved and
-restored. NOTES/break, if there is one, names what is to fail, and the process: 'open 1', of the data, 'write 0', of records.
+restored. NOTES/break, if there is one, names what is to fail, and the process: 'open 1', of the data, 'write 0', of records, 'save 1', of a
+checkpoint's files, 'leave 1', killed as it leaves the others at the end. Batches are not noted then.
 """
 
 import errno
 import json
 import os
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -54,6 +57,8 @@ def note_shards(name, state):
 
 def note_saved(self, tokens, state, **options):
     note_shards(f"saved-{tokens}", state)
+    if fails("save"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))  # bytes of a file
     save(self, tokens, state, **options)
 
 
@@ -80,8 +85,11 @@ def write_or_fail(self, record):
     write(self, record)
 
 
-read_batch, TokenSource.batch = TokenSource.batch, note_batch
-place, batches.Batches.place = batches.Batches.place, note_placed
+if not (notes / "break").exists():
+    read_batch, TokenSource.batch = TokenSource.batch, note_batch
+    place, batches.Batches.place = batches.Batches.place, note_placed
+if fails("leave"):
+    jax.distributed.shutdown = lambda: os.kill(os.getpid(), signal.SIGKILL)
 save, checkpoint.Checkpoints.save = checkpoint.Checkpoints.save, note_saved
 restore_latest, checkpoint.Checkpoints.restore_latest = checkpoint.Checkpoints.restore_latest, note_restored
 open_run_data, loop.open_run_data = loop.open_run_data, open_or_fail
