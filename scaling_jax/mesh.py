@@ -1,8 +1,8 @@
 """The device mesh, and the one table from logical axis to mesh axis.
 
 Arrays name their logical axes; only this table knows which of them are sharded. `constrain` and `batch_shards` read the mesh
-that `jax.set_mesh` has made current and do nothing without one, so the same model code runs on one device, on a pod, and inside
-somebody else's program.
+that `jax.set_mesh` has made current and do nothing without one, or on one with other axes, so the same model code runs on one device, on
+a pod, and inside somebody else's program (whose mesh has Auto axes).
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """`x`, told to the partitioner to lie as its logical axes say; as it is where there is no current mesh of several devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    if on_one_device() or set(AXES) - set(mesh.axis_names):
+    if not is_ours():
         return x
     # A length that cannot be divided, as in the evaluation of odd contexts, is not.
     axes = [None if axis == "sequence" and size % mesh.shape["tensor"] else axis for axis, size in zip(logical_axes, x.shape, strict=True)]
@@ -88,7 +88,7 @@ def constrain_both_ways(x: jax.Array, forward: Axes, backward: Axes) -> jax.Arra
     Where an array is gathered for a product, its cotangent is a sum over devices of which each needs a part, and the other way
     round: `constrain` would have both gathered.
     """
-    return x if on_one_device() else _constrain_both_ways(forward, backward, x)
+    return _constrain_both_ways(forward, backward, x) if is_ours() else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -108,6 +108,11 @@ def on_one_device() -> bool:
     return mesh.empty or mesh.size == 1
 
 
+def is_ours() -> bool:
+    """Whether there is a current mesh of several devices, with the axes of AXES."""
+    return not on_one_device() and set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
+
+
 def batch_shards() -> int:
     """Number of pieces that the current mesh cuts a batch into; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -125,7 +130,7 @@ def shards_of(*logical_axes: str | None) -> Shards:
     whole sum first.
     """
     shards, mesh = batch_shards(), jax.sharding.get_abstract_mesh()
-    if shards == 1 and on_one_device() or set(AXES) - set(mesh.axis_names):
+    if not is_ours():
         return Shards(shards)
     kept, batch = spec(*logical_axes), LOGICAL_AXES["batch"]
     whole = tuple(None if axis == "fsdp" else axis for axis in kept)  # what a device multiplies by

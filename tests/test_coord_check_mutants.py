@@ -77,11 +77,11 @@ def test_caught(name):
         ("mup", {"model__biases": True, "model__mlp": "swiglu", "parametrization__query_init": "zero"}, "width", Expected()),
         ("mup", {"model__tied_embeddings": True}, "width", Expected(tied_embeddings=True)),
         ("mup", {}, "heads", Expected(growing_heads=True)),
-        ("mup", LARGE_EPS, "width", Expected()),
+        pytest.param("mup", LARGE_EPS, "width", Expected(), marks=pytest.mark.slow),
         pytest.param("mup", {"optimizer__decay_mode": "coupled"}, "width", Expected(coupled_decay=True), marks=pytest.mark.slow),
         pytest.param("completep", {"model__biases": True}, "width", Expected(), marks=pytest.mark.slow),
         ("completep", {"model__biases": True}, "depth", Expected()),
-        ("completep", {"parametrization__depth_exponent": 0.5}, "depth", Expected(depth_exponent=0.5)),
+        pytest.param("completep", {"parametrization__depth_exponent": 0.5}, "depth", Expected(depth_exponent=0.5), marks=pytest.mark.slow),
     ],
     ids=lambda value: "-".join(key.split("__")[1] for key in value) or "plain" if isinstance(value, dict) else str(value)[:9],
 )

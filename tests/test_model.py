@@ -208,3 +208,10 @@ def test_impossible_shapes_are_refused(fields, message):
 
 def test_config_fields_are_the_models():
     assert set(default_config().model.keys()) == set(TransformerConfig.__dataclass_fields__)
+
+
+def test_causal_flops_count_the_keys_that_a_token_sees():
+    """Two products forwards and four backwards, for each of its keys: position l has l + 1 of them."""
+    shape = TransformerConfig(vocab_size=11, width=32, depth=3, head_dim=8, context=7)
+    keys = sum(position + 1 for position in range(7))
+    assert shape.causal_flops_per_token * 7 == 6 * shape.params * 7 + 3 * keys * 6 * 2 * 32

@@ -12,11 +12,12 @@ FOLDER = Path(__file__).parent / "multidevice"
 
 
 @pytest.mark.skipif(jax.device_count() >= 8, reason="here are 8 devices: tests/multidevice is collected as it is")
-def test_on_eight_devices():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_eight_devices(which: str):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     # 8 devices may share one core with other work: a device that waits long for its neighbours is not stuck.
     flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(FOLDER)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", "-m", which, str(FOLDER)]
     result = subprocess.run(
         command,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

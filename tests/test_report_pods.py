@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from scaling_jax import cli
 from scaling_jax.config import default_config
+from scaling_jax.pods import compile as compile_module
 from scaling_jax.pods.chips import parse_topology
 from scaling_jax.pods.collectives import Collective
 from scaling_jax.pods.compile import CompiledStep, Memory
@@ -88,7 +91,7 @@ def test_every_row():
             "in all 6 GB sent by a device, 1.20 of the mesh's least; 1 kinds below a thousandth of it not listed"
         ),
         "least times": "compute 2 s, memory 250 ms, interconnect 12.5 ms, data-centre network 0 ms; compute bounds",
-        "utilisation": "at most 42% of v5e's 197 TFLOP/s, in the model's FLOPs",
+        "utilisation": "at most 42% of v5e's 197 TFLOP/s, in the model's FLOPs (attention counted causally)",
         "speed": "at most 524k tokens/s",
         "the run": "453B tokens: at least 10.0 days, 1,920 chip-hours",
         "rates from": "Cloud TPU page 'TPU v5e'; interconnect 400 GB/s both ways; network 6.4 Tbit/s for 256 chips",
@@ -101,6 +104,22 @@ def test_what_does_not_fit_and_faults_are_told():
     rows = rows_of(pod_table(a_step(memory=memory, collectives=wide, least=Least(4e9, 0, 0, 0, 0))))
     assert "100%: DOES NOT FIT" in rows["memory"]
     assert rows["fault"].startswith("wider than one axis: all-gather over replica+fsdp, 1 times, 2 GB, bf16")
+
+
+def test_a_batch_that_grows_is_not_all_compiled():
+    step = a_step()
+    step.config.batch.schedule, step.config.batch.stages = "stages", ("2097152=4194304",)
+    assert "this is its first batch; one of 4,194,304 tokens takes 4 microbatches" in rows_of(pod_table(step))["step"]
+
+
+@pytest.mark.parametrize(("peak", "code"), [(15_000_000_000, 0), (16_000_000_001, 1)])
+def test_exit_code_says_whether_it_fits(monkeypatch, tmp_path, capsys, peak, code):
+    step = a_step(memory=dataclasses.replace(a_step().memory, peak=peak - 50_000_000))
+    monkeypatch.setattr(compile_module, "prepare", lambda: None)
+    monkeypatch.setattr(compile_module, "compile_step", lambda config, topology: step)
+    config, out = Path(__file__).parents[1] / "configs" / "cpu_demo.py", tmp_path / "out.json"
+    assert cli.main(["compile", f"--config={config}", "--topology=v5e:2x4", f"--json={out}"]) == code
+    assert json.loads(out.read_text())["fits"] is (code == 0)
 
 
 def test_slices_and_halves_of_a_chip():

@@ -15,7 +15,7 @@ from scaling_jax.errors import UserError
 
 RECIPE = runpy.run_path(str(Path(__file__).parents[1] / "time_transfer.py"))
 LAYOUTS = {
-    "32m": {"v5e:2x4": {"replica": 8}, "v6e:2x2": {"replica": 4}},
+    "32m": {"v5e:2x4": {"replica": 8}, "v6e:2x4": {"replica": 8}},
     "101m": {"v5e:2x4": {"replica": 8}, "v6e:2x4": {"replica": 8}},
     "354m": {"v5e:4x4": {"replica": 16}, "v6e:2x4": {"replica": 8}},
 }

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from scaling_jax.mesh import AXES, on_one_device, spec
+from scaling_jax.mesh import batch_shards, is_ours, spec
 from scaling_jax.noise_scale.per_example import rows_of
 
 
@@ -17,10 +17,14 @@ def look_up(table_VxD: Array, tokens_BxL: Array, dtype: jnp.dtype) -> Array:
     columns are exchanged for sequences. The gradient goes the same way back, into each device's own part of the table. Left to itself the
     partitioner copies the table, or its gradient, to every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if on_one_device() or set(AXES) - set(mesh.axis_names):
+    if not is_ours():
         return rows_of(table_VxD, tokens_BxL, dtype)
+    mesh, batch = jax.sharding.get_abstract_mesh(), tokens_BxL.shape[0]
     tensor = mesh.shape["tensor"]
+    if batch == 1 or table_VxD.shape[0] % tensor or table_VxD.shape[1] % mesh.shape["fsdp"]:
+        return rows_of(table_VxD, tokens_BxL, dtype)
+    if batch % batch_shards():
+        raise ValueError(f"a batch of {batch} sequences cannot be divided among {batch_shards()} devices along replica and fsdp")
     divided = tokens_BxL.shape[1] % tensor == 0
 
     def local(table_VxD: Array, tokens_BxL: Array) -> Array:

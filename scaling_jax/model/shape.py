@@ -73,6 +73,11 @@ class TransformerConfig:
         return 6 * self.params * (self.depth // self.blocks) + 12 * self.depth * self.context * self.width
 
     @property
+    def causal_flops_per_token(self) -> int:
+        """As `flops_per_token`, but of attention only what causality leaves: (context + 1) / 2 keys a token."""
+        return self.flops_per_token - 6 * self.depth * (self.context - 1) * self.width
+
+    @property
     def params(self) -> int:
         """N, non-embedding parameters (Kaplan et al. 2020), biases and gains not counted; a shared block counts once."""
         mlp_matrices = 3 if self.mlp == "swiglu" else 2

@@ -115,7 +115,7 @@ class Transformer(nnx.Module):
     ) -> Array:
         """Cross-entropy of every target in nats [B, L]; with config.loss_chunk_tokens only the logits of so many tokens are held."""
         chunk = self.config.loss_chunk_tokens
-        if not chunk or tokens_BxL.size // batch_shards() <= chunk or tokens_BxL.shape[0] % batch_shards():
+        if not chunk or tokens_BxL.size // batch_shards() <= chunk:
             return token_losses(self(tokens_BxL, probe, metric=metric, dropout_keys_B=dropout_keys_B), targets_BxL)
         h_BxLxD, carrier_BxLxD, _ = self._hidden(tokens_BxL, probe, no_tap, metric, dropout_keys_B)
         name = "embedding" if self.config.tied_embeddings else "unembedding"

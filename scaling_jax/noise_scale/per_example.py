@@ -284,7 +284,7 @@ def embed_tied(
     u_l = Σ_m dlogits[m, token_l]·h_m. The carrier brings u_l back: it is what `unembed_tied` returns as its cotangent.
 
     Returns:
-      x_BxLxD, carrier_BxLxD (float32 zeros).
+      x_BxLxD, carrier_BxLxD (zeros); both in `dtype`.
     """
     _check_probe(probe_B, metric_VxD)
     shards = as_shards(shards)
@@ -294,7 +294,7 @@ def embed_tied(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _rows(look_up, shards, x_BxLxD, tokens_BxL, probe_B, metric_VxD):
-    return x_BxLxD, jnp.zeros(x_BxLxD.shape, jnp.float32)
+    return x_BxLxD, jnp.zeros_like(x_BxLxD)
 
 
 def _rows_fwd(look_up, shards, x_BxLxD, tokens_BxL, probe_B, metric_VxD):
@@ -383,7 +383,7 @@ def _unembed_tied_bwd(shards, residuals, dlogits_BxLxV):
     dtable_DxV, sq_norms_B = _sum_of_products(h_BxLxD, dlogits_BxLxV, metric_DxV, shards=shards)
     read_BxMxL = jnp.take_along_axis(dlogits_BxLxV, tokens_BxL[:, None, :], axis=2)
     u_BxLxD = jnp.einsum("bml,bmd->bld", read_BxMxL, h_BxLxD, preferred_element_type=jnp.float32)
-    return dh_BxLxD, dtable_DxV.T.astype(table_VxD.dtype), None, u_BxLxD, sq_norms_B, None
+    return dh_BxLxD, dtable_DxV.T.astype(table_VxD.dtype), None, u_BxLxD.astype(h_BxLxD.dtype), sq_norms_B, None
 
 
 _unembed_tied.defvjp(_unembed_tied_fwd, _unembed_tied_bwd)

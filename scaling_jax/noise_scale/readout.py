@@ -130,6 +130,7 @@ def _losses_bwd(piece, shards, probed, residuals, dlosses_BxL):
             (total_SxDxV, _), dh = jax.lax.scan(add, (total_SxDxV, None), slices)
             return total_SxDxV, (dh, None, None)
         (product_SxDxV, u_SxLxD), dh = jax.lax.scan(add, (zeros_SxDxV, u_SxLxD), slices)
+        u_SxLxD = None if u_SxLxD is None else u_SxLxD.astype(h_BxLxD.dtype)  # as the carrier is
         return total_SxDxV + product_SxDxV, (dh, u_SxLxD, jax.vmap(_squares, in_axes=(0, None))(product_SxDxV, metric_DxV))
 
     total_SxDxV, (dh, u_NxSxLxD, sq_norms_NxS) = jax.lax.scan(sequence, zeros_SxDxV, (inputs, tokens_NxSxL))

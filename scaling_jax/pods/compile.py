@@ -186,7 +186,7 @@ def compile_step(config: ConfigDict, topology: Topology, measure: bool | None = 
     flops, kernels = dot_flops(text), attention_flops(config, pallas_kernels(text))
     sent = collectives(text, mesh.shape, [device.id for device in mesh.devices.flat])
     moved = least_hbm_bytes(memory.arguments, memory.outputs, memory.temporaries)
-    model_flops = transformer_config(config).flops_per_token * config.train.batch_tokens
+    model_flops = transformer_config(config).causal_flops_per_token * config.train.batch_tokens
     return CompiledStep(
         config=config,
         total_params=sum(x.size for x in jax.tree.leaves(trainer.abstract_state.params)),

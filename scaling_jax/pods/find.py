@@ -104,7 +104,7 @@ def layouts(config: ConfigDict, topology: Topology) -> list[Layout]:
                 least = least._replace(gradients=2 * least.gradients)
             state, needed = state_bytes(candidate, params), predicted_bytes(candidate, params)
             moved = least_hbm_bytes(state, state, accumulation * (needed - state))  # every microbatch writes anew
-            model_flops = transformer_config(candidate).flops_per_token * candidate.train.batch_tokens
+            model_flops = transformer_config(candidate).causal_flops_per_token * candidate.train.batch_tokens
             sent = least.collectives(mesh.shape, topology.slices)
             times = roofline(topology, mesh, predicted_flops(candidate), moved, sent, model_flops)
             share = needed / topology.chip.compiler_hbm_bytes
@@ -168,8 +168,8 @@ def find(
             result = Tried(layout, compile(layout.config, topology))
         except DoesNotFit as error:
             result = Tried(layout, None, f"does not fit: {error}")
-        except jax.errors.JaxRuntimeError as error:
-            result = Tried(layout, None, f"the compiler fails: {str(error).splitlines()[0]}")
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            result = Tried(layout, None, f"the compiler fails, or its program is not understood: {str(error).splitlines()[0]}")
         if result.fits:
             fitting += 1
         elif result.step or result.reason.startswith("does not fit"):

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from scaling_jax import batch_schedule
 from scaling_jax.pods.collectives import summary
 from scaling_jax.pods.compile import CompiledStep, human_bytes
 from scaling_jax.pods.find import FLAGS, Layout, Tried
 from scaling_jax.pods.roofline import Roofline
+from scaling_jax.train.batch_size import microbatches
 from scaling_jax.train.metrics import human
 from scaling_jax.train.step import transformer_config
 
@@ -28,6 +30,7 @@ def pod_table(step: CompiledStep) -> str:
             "",
             f"remat {config.model.remat}, accumulation {config.train.accumulation}, noise {'' if step.measured else 'not '}measured",
         ),
+        *_batch_rows(step),
         ("compiled in", f"{step.compile_s:.0f} s"),
         *_memory_rows(step),
         (
@@ -40,7 +43,8 @@ def pod_table(step: CompiledStep) -> str:
         ("", f"data-centre network {_ms(roof.network_s)}; {roof.bound} bounds"),
         (
             "utilisation",
-            f"at most {roof.mfu:.0%} of {topology.chip.name}'s {topology.chip.flops_bf16 / 1e12:.0f} TFLOP/s, in the model's FLOPs",
+            f"at most {roof.mfu:.0%} of {topology.chip.name}'s {topology.chip.flops_bf16 / 1e12:.0f} TFLOP/s, in the model's FLOPs "
+            "(attention counted causally)",
         ),
         ("speed", f"at most {human(step.tokens_per_second)} tokens/s"),
         (
@@ -51,6 +55,19 @@ def pod_table(step: CompiledStep) -> str:
     rows += [("fault", fault) for fault in step.faults]
     rows.append(("rates from", topology.chip.source))
     return "\n".join(f"{name:<16}{text}" for name, text in rows)
+
+
+def _batch_rows(step: CompiledStep) -> list[tuple[str, str]]:
+    """What was not compiled, where the batch changes in the course of the run."""
+    config = step.config
+    if config.batch.schedule == "constant":
+        return []
+    stages = batch_schedule.stages(config)
+    largest = batch_schedule.max_tokens(config) if config.batch.schedule == "follow" else max([s.batch_tokens for s in stages])
+    later = microbatches(config, largest // config.model.context)
+    return [
+        ("", f"batch.schedule is {config.batch.schedule}: this is its first batch; one of {largest:,} tokens takes {later} microbatches")
+    ]
 
 
 def _memory_rows(step: CompiledStep) -> list[tuple[str, str]]:
@@ -102,6 +119,7 @@ def pod_json(step: CompiledStep) -> dict[str, Any]:
         "compile_s": round(step.compile_s, 1),
         "memory": {name: getattr(memory, name) for name in ("arguments", "outputs", "temporaries", "code", "peak", "capacity")},
         "memory_share": memory.share,
+        "fits": memory.share <= 1,
         "product_flops": step.product_flops,
         "traced_flops": step.traced_flops,
         "kernel_flops": step.kernel_flops,

@@ -50,6 +50,8 @@ def _run(values: flags.FlagValues) -> int:
 
 
 def _compile(config: ConfigDict, topology: Topology, path: Path | None) -> int:
+    import jax
+
     from scaling_jax.pods.compile import DoesNotFit, compile_step
     from scaling_jax.report.pods import pod_json, pod_table
 
@@ -57,7 +59,12 @@ def _compile(config: ConfigDict, topology: Topology, path: Path | None) -> int:
         step = _heeding_interrupt(lambda: compile_step(config, topology), LiveLine(20, at_once=False), f"compiling for {topology.name}")
     except DoesNotFit as error:
         print(f"scaling-jax compile: does not fit: {error}; --find searches for what does", file=sys.stderr)
+        found = {"topology": topology.name, "slices": topology.slices, "fits": False, "reason": str(error)}
+        _write(path, lambda: found)
         return 1
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        print(f"scaling-jax compile: the compiler fails, or its program is not understood: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 3
     print(pod_table(step))
     _write(path, lambda: pod_json(step))
     return 0 if step.memory.share <= 1 else 1

@@ -144,8 +144,20 @@ def on_mesh(case: Case) -> tuple[Any, nnx.State, dict[tuple[str, int | None], np
     return loss, grads, {group: np.asarray(sq_norms_BxGxM[:, g]) for g, group in enumerate(trainer.meter.groups)}
 
 
+QUICK = (
+    CASES[0],
+    CASES[5],
+    CASES[6],
+    CASES[9],
+    OPTION_CASES[1],
+    OPTION_CASES[2],
+)  # every axis, MLP, way to use the table; the others, 5 s each
+
+
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("case", CASES + OPTION_CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES + OPTION_CASES], ids=str
+)
 def test_equals_brute_force(case: Case):
     expected = reference(case.mlp, case.tied, case.options)
     loss, grads, sq_norms_BxM = on_mesh(case)
