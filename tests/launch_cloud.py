@@ -1,6 +1,7 @@
 """A cloud of one directory for the tests of launch/: programs named gcloud, git, uv … on the PATH, which do on this machine what they
 would do there. Each host is a home directory; what its shell is told is really run."""
 
+import functools
 import json
 import os
 import signal
@@ -121,7 +122,9 @@ class Cloud:
     def start(self, script: str, *argv: str, **env: str) -> subprocess.Popen:
         command = [sys.executable, str(LAUNCH / script), *argv]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env={**self.env, **env}, start_new_session=True, **pipes)  # a terminal's Ctrl-C is for a group
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests run in the background
+        # A terminal's Ctrl-C is for a group.
+        return subprocess.Popen(command, env={**self.env, **env}, start_new_session=True, preexec_fn=heed, **pipes)
 
     def run(self, script: str, *argv: str, **env: str) -> subprocess.CompletedProcess:
         process = self.start(script, *argv, **env)

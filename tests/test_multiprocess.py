@@ -3,6 +3,7 @@
 Each process is started as a user starts it, by tests/multiprocess/process.py, which notes what it reads, saves and restores.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -68,10 +69,10 @@ class Run:
             workdir = workdirs[process] if workdirs else self.workdir
             command = [sys.executable, *program, "train", f"--config={CONFIG}", f"--workdir={workdir}"]
             place = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={process}"] if processes > 1 else []
+            argv, env = [*command, *overrides, *place, *of_each[process]], os.environ | settings
+            heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests run in the background
             with self.outputs[process].open("wb") as out:
-                self.processes.append(
-                    subprocess.Popen([*command, *overrides, *place, *of_each[process]], env=os.environ | settings, stdout=out, stderr=out)
-                )
+                self.processes.append(subprocess.Popen(argv, env=env, stdout=out, stderr=out, preexec_fn=heed))
 
     def wait(self, seconds: float = 300) -> list[int]:
         """Exit codes."""
