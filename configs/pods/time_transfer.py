@@ -27,7 +27,7 @@ def get_config(argument: str = "354m"):
         raise UserError(f"size is {size!r}: must be one of {', '.join(LAYOUTS)}")
     config = RECIPE["get_config"](size)
     config.model.compute_dtype = "bfloat16"
-    config.model.remat = "full"
+    config.model.remat = "full" if size == "354m" else "dots"
     if topology:
         if topology not in LAYOUTS[size]:
             raise UserError(f"topology is {topology!r}: for {size} there is a layout for {', '.join(LAYOUTS[size])}; or leave it out")
