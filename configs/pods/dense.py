@@ -42,7 +42,7 @@ def get_config(argument: str = "7b"):
     config.model.context = 4096
     config.model.mlp = "swiglu"
     config.model.compute_dtype = "bfloat16"
-    config.model.remat = "full"
+    config.model.remat = "attention" if size == "70b" and "v5p" in topology else "full"  # there is room
     config.parametrization.name = "mup"
     config.parametrization.base_width = 256
     config.parametrization.base_head_dim = 128
