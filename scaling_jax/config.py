@@ -61,7 +61,10 @@ def load(spec: str) -> ConfigDict:
         seen_from = "" if Path(path).is_absolute() else f", seen from {Path.cwd()}"
         raise UserError(f"--config={path}: {'is a directory' if Path(path).is_dir() else 'no such file'}{seen_from}")
     try:
-        get_config = runpy.run_path(path, run_name="scaling_jax_config").get("get_config")
+        names = runpy.run_path(path, run_name="scaling_jax_config")
+        get_config = names.get("get_config")
+        if not callable(get_config) and callable(names.get("get_study")):
+            raise UserError(f"--config={path}: is a study, get_study(), a grid of runs; `scaling-jax sweep` trains it")
         if not callable(get_config):
             raise UserError(
                 f"--config={path}: defines no function get_config(); it must return a changed scaling_jax.config.default_config()"

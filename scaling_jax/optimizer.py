@@ -30,22 +30,34 @@ class RoleState(NamedTuple):
     eps: Any
 
 
-def schedule(config: ConfigDict) -> Schedule:
+class Decay(NamedTuple):
+    """Where the lr begins to fall and where it ends, in tokens; arrays where runs that differ in this are one program."""
+
+    start: Array | float
+    end: Array | float
+
+
+def decay_of(config: ConfigDict) -> Decay:
+    """Of a run's schedule. Floats, since token counts overflow int32."""
+    end = float(lr_end_tokens(config))
+    return Decay(end - config.schedule.decay_tokens if config.schedule.name == "wsd" else float(config.schedule.warmup_tokens), end)
+
+
+def schedule(config: ConfigDict, decay: Decay | None = None) -> Schedule:
     """The course of the lr: tokens seen -> fraction of the peak.
 
     Linear warmup from 0 over warmup_tokens, then `constant`, `linear` or `cosine` to final_lr_fraction at train.tokens, or `wsd`:
-    constant until the last decay_tokens, then linear to final_lr_fraction. The run ends with its last whole step.
+    constant until the last decay_tokens, then linear to final_lr_fraction. The run ends with its last whole step. `decay`, if given, is
+    in the place of the config's own.
     """
     s = config.schedule
-    name, floor = s.name, s.final_lr_fraction
-    # Floats, since token counts overflow int32.
-    warmup, total = float(s.warmup_tokens), float(lr_end_tokens(config))
-    start = total - s.decay_tokens if name == "wsd" else warmup
+    name, floor, warmup = s.name, s.final_lr_fraction, float(s.warmup_tokens)
+    start, end = decay_of(config) if decay is None else decay
 
     def fraction(tokens: Array | float) -> Array:
         tokens = jnp.asarray(tokens, jnp.float32)
-        progress = jnp.clip((tokens - start) / max(total - start, 1.0), 0.0, 1.0)
-        if name == "constant" or start >= total:
+        progress = jnp.clip((tokens - start) / jnp.maximum(end - start, 1.0), 0.0, 1.0)
+        if name == "constant":
             decay = jnp.float32(1.0)
         elif name == "cosine":
             decay = floor + (1 - floor) * 0.5 * (1 + jnp.cos(math.pi * progress))
@@ -73,6 +85,16 @@ def with_rules(params: nnx.State, value: Callable[[Any], float]) -> Any:
     return nnx.map_state(of, params)
 
 
+def roles_of(config: ConfigDict, params: nnx.State) -> RoleState:
+    """What the config's lr, weight decay and epsilon come to for each parameter, by its rule."""
+    o = config.optimizer
+    return RoleState(
+        lr=with_rules(params, lambda rule: o.lr * rule.lr),
+        weight_decay=with_rules(params, lambda rule: o.weight_decay * rule.weight_decay),
+        eps=with_rules(params, lambda rule: o.eps * rule.eps),
+    )
+
+
 def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, Adam moments, then lr and decoupled weight decay by the table.
 
@@ -85,12 +107,7 @@ def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
 
     def init(params: nnx.State):
-        roles = RoleState(
-            lr=with_rules(params, lambda rule: o.lr * rule.lr),
-            weight_decay=with_rules(params, lambda rule: o.weight_decay * rule.weight_decay),
-            eps=with_rules(params, lambda rule: o.eps * rule.eps),
-        )
-        return clip.init(params), moments.init(params), roles
+        return clip.init(params), moments.init(params), roles_of(config, params)
 
     def update(grads, state, params=None, *, lr_fraction):
         clip_state, moments_state, roles = state
@@ -107,18 +124,21 @@ def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def preconditioner(config: ConfigDict, state: Any) -> nnx.State:
+def preconditioner(config: ConfigDict, state: Any, lr: Array | float | None = None) -> nnx.State:
     """AdamW's own metric P, a tree like the parameters: the role's lr multiplier over √v̂ + eps, from the moments in its state.
+
+    `lr` is the peak lr that the state's are of, by default the config's.
 
     An entry that never had a gradient has no v̂ and gets P = 0; so have all of them before the first step. As in `adamw`, a gradient
     is divided by its role's epsilon factor before it enters v̂, so P is divided by that factor too. Rounded to compute_dtype: any P that
     does not know the batch gives unbiased estimates, and both of them use the same.
     """
     o, (_, moments, roles) = config.optimizer, state
+    peak_lr = o.lr if lr is None else lr
     correction = 1 - jnp.float32(o.b2) ** moments.count.astype(jnp.float32)
 
     def of(nu, lr, eps):
-        scale = (lr / o.lr) / (eps / o.eps)
+        scale = (lr / peak_lr) / (eps / o.eps)
         p = jnp.where(nu > 0, scale / (jnp.sqrt(nu / jnp.where(moments.count > 0, correction, 1.0)) + o.eps), 0.0)
         return p.astype(config.model.compute_dtype)
 

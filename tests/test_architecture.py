@@ -7,11 +7,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "scaling_jax"
 FLOORS = {
-    "errors": -1, "console": -1, "fields": -1, "batch_schedule": -0.5, "config": 0, "noise_scale": 0,
+    "errors": -1, "console": -1, "fields": -1, "process": -1, "storage": -0.8, "curves": -0.5, "batch_schedule": -0.5,
+    "config": 0, "results": 0, "noise_scale": 0,
     "laws": 1, "parametrization": 1, "mesh": 1,
     "model": 2, "optimizer": 2, "data": 2, "parameters": 1.5,
     "train": 3,
-    "coord_check": 4, "pods": 4, "branch": 4, "interop": 4,
+    "coord_check": 4, "pods": 4, "branch": 4, "interop": 4, "sweep": 4,
     "report": 5, "verbs": 5, "cli": 5, "__main__": 6, "__init__": 6,
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -232,12 +232,11 @@ def test_a_zstandard_window_that_is_too_large_is_named(tmp_path):
         read(tmp_path / "x.txt.zst")
 
 
-@pytest.mark.parametrize("module, name", [("zstandard", "x.txt.zst"), ("pyarrow", "x.parquet")])
-def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, module, name):
-    monkeypatch.setitem(sys.modules, module, None)
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UserError, match=rf"{name}.*{module}: pip install 'scaling_jax\[data\]'"):
-        read(tmp_path / name)
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "x.txt.zst").write_bytes(b"")
+    with pytest.raises(UserError, match=r"x\.txt\.zst.*zstandard: pip install 'scaling_jax\[data\]'"):
+        read(tmp_path / "x.txt.zst")
 
 
 def test_a_separator_needs_a_txt(tmp_path, capsys):

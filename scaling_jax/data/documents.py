@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from scaling_jax.data.unpack import PACKINGS, packing_of, read_chunks, require
+from scaling_jax.data.unpack import PACKINGS, packing_of, read_chunks
 from scaling_jax.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -189,7 +189,9 @@ class DocumentReader:
                     yield document
 
     def _rows(self) -> Iterator[str]:
-        pyarrow, parquet = require("pyarrow", str(self.path)), require("pyarrow.parquet", str(self.path))
+        import pyarrow
+        from pyarrow import parquet
+
         file_bytes = self.path.stat().st_size
         row = 0
         try:

@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
+from scaling_jax import storage
 from scaling_jax.errors import UserError
 from scaling_jax.train.hosts import ALONE, Hosts
 
@@ -145,6 +146,8 @@ class Checkpoints:
         self._manager.save(tokens, args=ocp.args.StandardSave(state))
 
     def _check_space(self, state: Any) -> None:
+        if not storage.is_local(self.workdir):
+            return
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.workdir).free
         if free < 1.1 * size:

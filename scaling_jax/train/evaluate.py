@@ -129,29 +129,59 @@ def evaluate(
       by_position: also the loss at each place within a sequence.
       on_progress: called with the tokens evaluated so far.
     """
-    edges = position_edges(held_out.context) if by_position else []
-    total, bits, each = RatioByDocument(), RatioByDocument(), RatioByDocument(held_out.context)
-    bins = [RatioByDocument() for _ in edges[1:]]
-    tokens = sequences = first = 0
-    for losses_BxT, tokens_BxL in _with_losses(trainer, params, held_out.read, len(held_out.blocks), batch):
+    found = _Sums(held_out, by_position)
+    for losses_BxT, tokens_BxL, documents_BxT in _by_document(trainer, params, held_out, batch):
+        found.add(losses_BxT, tokens_BxL, documents_BxT)
+        if on_progress is not None:
+            on_progress(found.tokens)
+    return found.read()
+
+
+def evaluate_members(trainer: Trainer, params: nnx.State, held_out: HeldOut, batch: int, members: int) -> list[Evaluation]:
+    """Evaluates one domain with each of several sets of parameters, stacked; the `eval` of `trainer` gives losses [members, B, context]."""
+    found = [_Sums(held_out) for _ in range(members)]
+    for losses_MxBxT, tokens_BxL, documents_BxT in _by_document(trainer, params, held_out, batch):
+        for sums, losses_BxT in zip(found, losses_MxBxT, strict=True):
+            sums.add(losses_BxT, tokens_BxL, documents_BxT)
+    return [sums.read() for sums in found]
+
+
+class _Sums:
+    """What an evaluation adds up, of one set of parameters."""
+
+    def __init__(self, held_out: HeldOut, by_position: bool = False):
+        self.bytes_V, self.by_position, self.tokens = held_out.bytes_V, by_position, 0
+        self.edges = position_edges(held_out.context) if by_position else []
+        self.total, self.bits, self.each = RatioByDocument(), RatioByDocument(), RatioByDocument(held_out.context)
+        self.bins = [RatioByDocument() for _ in self.edges[1:]]
+
+    def add(self, losses_BxT: np.ndarray, tokens_BxL: np.ndarray, documents_BxT: np.ndarray) -> None:
+        ones_BxT = np.ones_like(losses_BxT)
+        self.total.add(*map(_column, (losses_BxT, ones_BxT, documents_BxT)))
+        if self.bytes_V is not None:
+            self.bits.add(*map(_column, (losses_BxT / math.log(2), self.bytes_V[tokens_BxL[:, 1:]], documents_BxT)))
+        if self.by_position:
+            self.each.add(losses_BxT, ones_BxT, documents_BxT)
+            for ratio, start, stop in zip(self.bins, self.edges, self.edges[1:], strict=False):
+                ratio.add(*(_column(x_BxT[:, start:stop]) for x_BxT in (losses_BxT, ones_BxT, documents_BxT)))
+        self.tokens += losses_BxT.size
+
+    def read(self) -> Evaluation:
+        loss_C, loss_se_C, documents_C = self.total.read()
+        each = [Positions(i + 1, i + 1, loss) for i, loss in enumerate(_estimates(self.each))] if self.by_position else []
+        pairs = zip(self.bins, self.edges, self.edges[1:], strict=False)
+        binned = [Positions(start + 1, stop, *_estimates(ratio)) for ratio, start, stop in pairs]
+        loss = Estimate(float(loss_C[0]), _known(loss_se_C[0]))  # a loss that is not finite is told as such
+        return Evaluation(self.tokens, int(documents_C[0]), loss, *_estimates(self.bits), each, binned)
+
+
+def _by_document(trainer: Trainer, params: nnx.State, held_out: HeldOut, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(losses, tokens, and the document of each target) of `batch` sequences at a time."""
+    sequences = first = 0
+    for losses, tokens_BxL in _with_losses(trainer, params, held_out.read, len(held_out.blocks), batch):
         documents_BxT, first = held_out.documents(tokens_BxL, sequences, first)
         sequences += len(tokens_BxL)
-        ones_BxT = np.ones_like(losses_BxT)
-        total.add(*map(_column, (losses_BxT, ones_BxT, documents_BxT)))
-        if held_out.bytes_V is not None:
-            bits.add(*map(_column, (losses_BxT / math.log(2), held_out.bytes_V[tokens_BxL[:, 1:]], documents_BxT)))
-        if by_position:
-            each.add(losses_BxT, ones_BxT, documents_BxT)
-            for ratio, start, stop in zip(bins, edges, edges[1:], strict=False):
-                ratio.add(*(_column(x_BxT[:, start:stop]) for x_BxT in (losses_BxT, ones_BxT, documents_BxT)))
-        tokens += losses_BxT.size
-        if on_progress is not None:
-            on_progress(tokens)
-    loss_C, loss_se_C, documents_C = total.read()
-    single = [Positions(i + 1, i + 1, loss) for i, loss in enumerate(_estimates(each))] if by_position else []
-    binned = [Positions(start + 1, stop, *_estimates(ratio)) for ratio, start, stop in zip(bins, edges, edges[1:], strict=False)]
-    loss = Estimate(float(loss_C[0]), _known(loss_se_C[0]))  # a loss that is not finite is told as such
-    return Evaluation(tokens, int(documents_C[0]), loss, *_estimates(bits), single, binned)
+        yield losses, tokens_BxL, documents_BxT
 
 
 def position_edges(context: int) -> list[int]:
@@ -196,7 +226,7 @@ def _replicate(mesh: Mesh) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def _on_host(losses_BxT: jax.Array, tokens_BxL: jax.Array | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(losses_BxT, np.float64)[:n], np.asarray(tokens_BxL)[:n]
+    return np.asarray(losses_BxT, np.float64)[..., :n, :], np.asarray(tokens_BxL)[:n]
 
 
 def _column(x_BxT: np.ndarray) -> np.ndarray:

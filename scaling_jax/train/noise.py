@@ -100,8 +100,12 @@ class NoiseMeter:
 
     def read_tokens(self, states: dict[str, NoiseScaleState]) -> dict[str, tuple[float | None, float | None, float | None]]:
         """Of all parameters, (value, low, high) in tokens; None where unknown or, for high, unbounded."""
+        return self.in_tokens(jax.device_get(self._read(states)))
+
+    def in_tokens(self, readings: dict[str, NoiseScale]) -> dict[str, tuple[float | None, float | None, float | None]]:
+        """The same of what `read` gave."""
         found = {}
-        for metric, reading in jax.device_get(self._read(states)).items():
+        for metric, reading in readings.items():
             ends = (float(x[-1]) * self.context for x in (reading.sequences, reading.low, reading.high))
             found[metric] = tuple(end if np.isfinite(end) else None for end in ends)
         return found

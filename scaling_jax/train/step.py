@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -21,6 +22,7 @@ from scaling_jax.errors import UserError
 from scaling_jax.mesh import sharding, spec
 from scaling_jax.model import BLOCK, Probe, Transformer, TransformerConfig, token_losses
 from scaling_jax.noise_scale import NoiseScale, NoiseScaleState
+from scaling_jax.optimizer import Decay
 from scaling_jax.parametrization import Parametrization
 from scaling_jax.train.batch_size import microbatches
 from scaling_jax.train.noise import Measured, NoiseMeter
@@ -46,6 +48,19 @@ class StepMetrics(NamedTuple):
     grad_norm: Array  # of the batch-mean gradient, before clipping
     noise: dict[str, NoiseScale] | None  # by metric, over the window, this step included; None where the step did not measure
     noise_step: dict[str, Measured] | None  # this step's own estimates
+
+
+class Values(NamedTuple):
+    """What runs that are one program may differ in, beside what their states hold. Scalars, or [members] of a population."""
+
+    lr: Array  # peak, at the base sizes
+    seed: Array  # uint32
+    decay: Decay
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Values":
+        decay = Decay(*map(np.float32, optimizer.decay_of(config)))
+        return cls(np.float32(config.optimizer.lr), np.uint32(config.train.seed), decay)
 
 
 def transformer_config(config: ConfigDict, platform: str = "cpu") -> TransformerConfig:
@@ -94,7 +109,7 @@ class Trainer:
         self._jit_init = jax.jit(self._init, **shardings)
         shardings = {} if mesh is None else {"out_shardings": (self.state_sharding, None)}
         self._jit_step = jax.jit(self.pure_step, static_argnums=2, donate_argnums=0, **shardings)
-        self._jit_eval = jax.jit(lambda params, tokens_BxL: _token_losses(self.graph, params, tokens_BxL))
+        self._jit_eval = jax.jit(self.pure_eval)
 
     def _model(self, key: Array | int = 0) -> nnx.Module:
         return self.model(transformer_config(self.config, self.platform), parametrization(self.config), rngs=nnx.Rngs(key))
@@ -117,9 +132,11 @@ class Trainer:
         """One step on [accumulation, B / accumulation, context + 1] tokens; `state` is donated."""
         return self._in_mesh(self._jit_step, state, tokens_AxBxL, measure)
 
-    def pure_step(self, state: TrainState, tokens_AxBxL: Array, measure: bool = True) -> tuple[TrainState, StepMetrics]:
-        """`step` as a function to trace into a program of one's own."""
-        return _train_step(self, state, tokens_AxBxL, measure)
+    def pure_step(
+        self, state: TrainState, tokens_AxBxL: Array, measure: bool = True, values: Values | None = None
+    ) -> tuple[TrainState, StepMetrics]:
+        """`step` as a function to trace into a program of one's own, in which `values` need not be the config's."""
+        return _train_step(self, state, tokens_AxBxL, measure, values)
 
     def read_noise(self, state: TrainState) -> dict[str, tuple[float | None, float | None, float | None]]:
         """The running noise scale by metric: (value, low, high) in tokens; None where unknown or, for high, unbounded."""
@@ -128,6 +145,10 @@ class Trainer:
     def eval(self, params: nnx.State, tokens_BxL: Array) -> Array:
         """Loss of every token [B, context] of sequences of context + 1 tokens, in nats."""
         return self._in_mesh(self._jit_eval, params, tokens_BxL)
+
+    def pure_eval(self, params: nnx.State, tokens_BxL: Array) -> Array:
+        """`eval` as a function to trace into a program of one's own."""
+        return _token_losses(self.graph, params, tokens_BxL)
 
     def trace_step(self, sequences: int, measure: bool = True) -> jax.stages.Traced:
         """The step for a batch of so many sequences, traced and not compiled."""
@@ -142,16 +163,19 @@ class Trainer:
         return self._in_mesh(traced.lower)
 
 
-def _train_step(trainer: Trainer, state: TrainState, tokens_AxBxL: Array, measure: bool) -> tuple[TrainState, StepMetrics]:
+def _train_step(
+    trainer: Trainer, state: TrainState, tokens_AxBxL: Array, measure: bool, values: Values | None
+) -> tuple[TrainState, StepMetrics]:
     config = trainer.config
+    lr, seed, decay = (config.optimizer.lr, config.train.seed, None) if values is None else values
     sequences = tokens_AxBxL.shape[0] * tokens_AxBxL.shape[1]
     batch_tokens = sequences * config.model.context
 
     if measure and trainer.meter is None:
         raise UserError("this model has no new_probe, so its gradient noise cannot be measured: set config.noise_scale.every=0")
     # P of this step comes from the moments before it: with its own the estimates would be biased.
-    metric = optimizer.preconditioner(config, state.opt_state) if measure and config.noise_scale.preconditioned else None
-    loss, grads, sq_norms_BxGxM = _loss_and_gradient(trainer, state.params, metric, tokens_AxBxL, measure, state.sequences)
+    metric = optimizer.preconditioner(config, state.opt_state, lr) if measure and config.noise_scale.preconditioned else None
+    loss, grads, sq_norms_BxGxM = _loss_and_gradient(trainer, state.params, metric, tokens_AxBxL, measure, state.sequences, seed)
 
     noise, reading, measured = state.noise, None, None
     if measure:
@@ -163,11 +187,11 @@ def _train_step(trainer: Trainer, state: TrainState, tokens_AxBxL: Array, measur
 
     # The schedule at the middle of the step's tokens: the summed lr per token then does not depend on the batch size.
     tokens_seen = (state.sequences.astype(jnp.float32) + sequences / 2) * config.model.context
-    lr_fraction = optimizer.batch_lr_factor(config, batch_tokens) * optimizer.schedule(config)(tokens_seen)
+    lr_fraction = optimizer.batch_lr_factor(config, batch_tokens) * optimizer.schedule(config, decay)(tokens_seen)
     updates, opt_state = trainer.optimizer.update(grads, state.opt_state, state.params, lr_fraction=lr_fraction)
     params = jax.tree.map(jnp.add, state.params, updates)
 
-    metrics = StepMetrics(loss, config.optimizer.lr * lr_fraction, optax.tree.norm(grads), reading, measured)
+    metrics = StepMetrics(loss, lr * lr_fraction, optax.tree.norm(grads), reading, measured)
     return TrainState(params, opt_state, noise, state.step + 1, state.sequences + sequences), metrics
 
 
@@ -178,11 +202,12 @@ def _loss_and_gradient(
     tokens_AxBxL: Array,
     measure: bool,
     first_sequence: Array | int = 0,
+    seed: Array | int | None = None,
 ) -> tuple[Array, nnx.State, Array | None]:
     """Mean loss, its gradient, and ‖g_b‖² per group and metric [sequences, G, M], summed over microbatches."""
     microbatches, micro, _ = tokens_AxBxL.shape
     sequences = microbatches * micro
-    keys_AxB = _dropout_keys(trainer.config, first_sequence, sequences)
+    keys_AxB = _dropout_keys(trainer.config, first_sequence, sequences, seed)
     keys_AxB = None if keys_AxB is None else keys_AxB.reshape(microbatches, micro)
 
     def loss_fn(params, probe, tokens_BxL, keys_B):
@@ -209,11 +234,11 @@ def _loss_and_gradient(
     return loss, grads, sq_norms_AxBxGxM.reshape(sequences, *sq_norms_AxBxGxM.shape[2:]) if measure else None
 
 
-def _dropout_keys(config: ConfigDict, first_sequence: Array | int, count: int) -> Array | None:
+def _dropout_keys(config: ConfigDict, first_sequence: Array | int, count: int, seed: Array | int | None = None) -> Array | None:
     """A key for each sequence of the run, by its number: the same whatever the batch, the microbatches and the mesh."""
     if not config.model.dropout:
         return None
-    key = jax.random.fold_in(jax.random.key(config.train.seed), _DROPOUT)
+    key = jax.random.fold_in(jax.random.key(config.train.seed if seed is None else seed), _DROPOUT)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(first_sequence + jnp.arange(count))
 
 
