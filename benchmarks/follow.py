@@ -19,10 +19,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_jax.config import load, validate
+from scaling_jax.process import keep_freed_memory, use_compilation_cache
 from scaling_jax.train.batch_size import KEY
 from scaling_jax.train.loop import train
 from scaling_jax.train.metrics import read_records
-from scaling_jax.verbs.process import keep_freed_memory, use_compilation_cache
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cpu_demo.py"
 FEWER = 0.25  # of the steps, at no more loss: what following is to save

@@ -1,7 +1,7 @@
 """`scaling-jax VERB --flag=value …`, the same as `python -m scaling_jax VERB …`.
 
-Exit codes: 0 done; 1 the run diverged (of branches, that with the run's own batch), or the check failed; 2 bad input, with one message
-and nothing half-written; 3 another process of the run failed or did not come, and the same command
+Exit codes: 0 done; 1 the run diverged (of branches, that with the run's own batch), a group of a study or the check failed; 2 bad input,
+with one message and nothing half-written; 3 another process of the run failed or did not come, and the same command
 continues; 128 + n stopped by signal n, saved.
 """
 
@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
+from scaling_jax.process import leave_out_absent_tpu, use_compilation_cache
 from scaling_jax.verbs import VERBS
-from scaling_jax.verbs.process import leave_out_absent_tpu, use_compilation_cache
 
 __all__ = ["VERBS", "main", "use_compilation_cache"]
 
@@ -79,14 +79,20 @@ def _parse(name: str, argv: Sequence[str]) -> flags.FlagValues | None:
         extra = values(argv)[1:]
     except flags.Error as error:
         raise UserError(_flag_fault(error, values)) from None
+    if extra and verb.positional and not values[verb.positional].present:
+        values[verb.positional].value = extra.pop(0)
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}: flags are given as --flag=value")
     if "config" in values and values.config:
-        config = config_lib.load(values.config)
-        for field, value in overrides.items():
-            _set(config, field, value)
-        values.config = config
+        values.config = (verb.load or _load)(values.config, overrides)
     return values
+
+
+def _load(spec: str, overrides: Mapping[str, Any]) -> ConfigDict:
+    config = config_lib.load(spec)
+    for field, value in overrides.items():
+        _set(config, field, value)
+    return config
 
 
 def _flag_rows(values: flags.FlagValues) -> list[str]:

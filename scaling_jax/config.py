@@ -181,14 +181,15 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
       config: as `default_config()` lays it out; mesh.fsdp already resolved if `device_count` is given.
       device_count: devices that the mesh must match; None leaves that out.
     """
-    faults = _field_faults(config)
+    faults = field_faults(config)
     if not faults:  # relations mean something only between sound values
-        faults = _relation_faults(config, device_count)
+        faults = relation_faults(config, device_count)
     if faults:
         raise UserError("\n".join(faults))
 
 
-def _field_faults(config: ConfigDict) -> list[str]:
+def field_faults(config: ConfigDict) -> list[str]:
+    """Messages for every field that is unknown, missing, of another type or out of its range."""
     values = flatten(config)
     faults = [f"config.{name}: no such field{nearest(name)}" for name in values if name not in FIELDS]
     missing = [f"config.{name}" for name in FIELDS if name not in values]
@@ -214,7 +215,8 @@ def _field_faults(config: ConfigDict) -> list[str]:
     return faults
 
 
-def _relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
+def relation_faults(config: ConfigDict, device_count: int | None) -> list[str]:
+    """Messages for every relation between fields, each sound by itself, that does not hold."""
     model, mesh, train, schedule = config.model, config.mesh, config.train, config.schedule
     faults = []
     if model.width % model.head_dim:

@@ -15,7 +15,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """One cache for all workers of the session: the built-in corpus and compiled programs are made once."""
-    from scaling_jax.verbs.process import use_compilation_cache
+    from scaling_jax.process import use_compilation_cache
 
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -36,3 +36,11 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def full_compilation(quick_compilation):
+    """In a module of quick programs, for a test of what the optimized ones do."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

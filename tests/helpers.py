@@ -1,8 +1,13 @@
-"""A config small enough for a test, on the built-in corpus."""
+"""A config small enough for a test, on the built-in corpus; and runs that share what is compiled."""
+
+import json
 
 from ml_collections import ConfigDict
 
-from scaling_jax.config import default_config
+from scaling_jax import batch_schedule
+from scaling_jax.config import default_config, flatten
+from scaling_jax.fields import FIELDS
+from scaling_jax.train.step import Trainer
 
 
 def small_config(**fields) -> ConfigDict:
@@ -17,3 +22,27 @@ def small_config(**fields) -> ConfigDict:
         section, key = name.split("__")
         config[section][key] = value
     return config
+
+
+class Trainers:
+    """In the place of Trainer: one for all runs that compile to one program, however they are carried out and their batch changes."""
+
+    def __init__(self):
+        self.made: dict[str, Trainer] = {}
+
+    def __call__(self, config, mesh=None):
+        def compiled(name):
+            if name == "train.seed":
+                return config.model.dropout > 0
+            if name.startswith("batch."):
+                return name == "batch.lr_rule"
+            return name.startswith("model.") or name == "train.accumulation" or not FIELDS[name].execution
+
+        fields = {name: value for name, value in flatten(config).items() if compiled(name)}
+        key = json.dumps([fields, batch_schedule.lr_end_tokens(config)])
+        if key not in self.made:
+            self.made[key] = self.make(config, mesh)
+        return self.made[key]
+
+    def make(self, config, mesh):
+        return Trainer(config, mesh)

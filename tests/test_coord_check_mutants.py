@@ -54,9 +54,9 @@ def measured(config, varied="width", seeds=SEEDS, model=Transformer) -> list[Coo
     return found
 
 
-# One for each way of being caught, and for each axis; the others, ten seconds each, are slow.
+# One for each way of being caught, and for each axis; the others, ten seconds each, are slow. test_docs forgets the output multiplier.
 QUICK = {
-    "standard with μP init", "no output multiplier", "1/sqrt(head_dim) attention", "tied embedding like hidden", "hidden lr divided twice",
+    "standard with μP init", "1/sqrt(head_dim) attention", "tied embedding like hidden", "hidden lr divided twice",
     "weight decay not compensated", "epsilon not scaled", "residual branch unscaled",
 }  # fmt: skip
 
@@ -102,7 +102,8 @@ def test_the_right_one_is_never_flagged(varied, sets):
         assert passed(rows), (first, [row for row in worst(rows) if not row.ok])
 
 
-@pytest.mark.parametrize("varied", ["width", "depth"])
+# In depth it is as one with its residual branch unscaled, which is caught above.
+@pytest.mark.parametrize("varied", ["width", pytest.param("depth", marks=pytest.mark.slow)])
 def test_standard_fails_both_in_width_and_depth(varied):
     rows = slopes(measured(config_of("standard"), varied), Expected())
     failed = {(row.quantity, row.kind) for row in worst(rows) if not row.ok}

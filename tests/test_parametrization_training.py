@@ -17,6 +17,8 @@ from scaling_jax.parametrization import Parametrization
 from scaling_jax.train.applied import applied_table
 from scaling_jax.train.step import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def batches(steps, sequences=8, context=16, vocab=256):
     return jax.random.randint(jax.random.key(5), (steps, 1, sequences, context + 1), 0, vocab)
@@ -33,7 +35,7 @@ def trained(config, tokens, model=Transformer):
 
 @pytest.mark.parametrize("name", ["mup", "completep"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_at_the_base_sizes_20_steps_are_those_of_standard_bit_for_bit(name, tied):
+def test_at_the_base_sizes_20_steps_are_those_of_standard_bit_for_bit(name, tied, full_compilation):
     """AdamW with decay, biases, and head_dim 24, whose root is not a round number."""
 
     def parameters(name):
@@ -189,7 +191,7 @@ def test_epsilon_follows_the_gradients_entries(axis):
             log_probs = jax.nn.log_softmax(model(tokens[:, :-1]))
             return -jnp.mean(jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=2))
 
-        found = dict(nnx.to_flat_state(nnx.grad(loss)(model)))
+        found = dict(nnx.to_flat_state(nnx.jit(nnx.grad(loss))(model)))
         scale = dict(nnx.to_flat_state(eps))
         return {path: float(jnp.mean(jnp.abs(g[...])) / scale[path][...]) for path, g in found.items()}
 

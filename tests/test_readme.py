@@ -1,5 +1,6 @@
 """Every command and every snippet of the README works as printed (made small where it trains)."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ SMALL = {
     "schedule.warmup_tokens": 640,
     "eval.tokens": 512,
 }
+QUICK = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # what is made small trains in less time than it takes to optimize
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,8 @@ def small(command):
         command = command.replace("(400384,800768)", "(2048,4096)").replace("400000=2048,800000=4096", "2048=512,4096=1024")
         return command + "".join(f" --config.{name}={value}" for name, value in small.items())
     if "scaling-jax compile" in command:
-        small = "".join(f" --config.model.{name}={value}" for name, value in {"width": 256, "depth": 2, "vocab_size": 512}.items())
-        return command.replace("find_compiled=2", "find_compiled=1") + small
+        smaller = {"model.width": 256, "model.depth": 2, "model.vocab_size": 512, "model.context": 256, "train.batch_tokens": 1 << 15}
+        return command.replace("find_compiled=2", "find_compiled=1") + "".join(f" --config.{n}={value}" for n, value in smaller.items())
     if "scaling-jax coord-check" in command:
         smaller = re.sub(r"--widths=\S+", "--widths=32,64,128", command)
         return smaller + " --config.model.head_dim=8 --config.model.context=16 --batch_tokens=256 --steps=5"
@@ -73,9 +75,11 @@ def test_command(command, clone):
     if "scaling-jax compile" in command:
         pytest.importorskip("libtpu")
     run = small(command).replace("scaling-jax", f"{shlex.quote(sys.executable)} -m scaling_jax")
-    done = subprocess.run(run, shell=True, cwd=clone, capture_output=True, text=True)
+    done = subprocess.run(run, shell=True, cwd=clone, env=QUICK, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    if workdir := re.search(r"--workdir=(\S+)", command):
+    if "scaling-jax sweep" in command:
+        assert "--dry_run" in command or (clone / re.search(r"--workdir=(\S+)", command)[1] / "results.parquet").exists()
+    elif workdir := re.search(r"--workdir=(\S+)", command):
         assert {"metrics.jsonl", "summary.json", "config.json", "figures"} <= {p.name for p in (clone / workdir[1]).iterdir()}
 
 
@@ -97,10 +101,11 @@ def test_benchmark_command_is_understood(command, clone):
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippet(snippet, tmp_path):
-    file = tmp_path / "snippet.py"
+def test_snippet(snippet, clone):
+    """After the commands: one may read what they made."""
+    file = clone / "snippet.py"
     file.write_text(snippet)
-    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(file)], cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

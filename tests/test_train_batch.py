@@ -8,9 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import small_config
+from helpers import Trainers, small_config
 
-from scaling_jax import batch_schedule
 from scaling_jax.data.source import TokenSource
 from scaling_jax.errors import UserError
 from scaling_jax.laws.fit import PowerLaw
@@ -20,7 +19,6 @@ from scaling_jax.train.batch_size import KEY, replay
 from scaling_jax.train.checkpoint import Checkpoints, Start
 from scaling_jax.train.loop import train
 from scaling_jax.train.metrics import Progress, read_records
-from scaling_jax.train.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEP = 128  # tokens of a step at the start
@@ -30,24 +28,20 @@ class Crash(Exception):
     pass
 
 
-class Trainers:
-    """One Trainer for all runs that compile to one program; `before_step(number)` is called before every step of a run."""
+class WatchedTrainers(Trainers):
+    """`before_step(number)` is called before every step of a run."""
 
     def __init__(self):
-        self.made: dict[str, Trainer] = {}
+        super().__init__()
         self.reset()
 
     def reset(self):
         self.before_step, self.shapes = lambda number: None, []
 
-    def __call__(self, config, mesh=None):
-        identity = loop.config_lib.identity(config).items()
-        compiled = [(name, value) for name, value in identity if not name.startswith("batch.") or name == "batch.lr_rule"]
-        key = json.dumps([compiled, batch_schedule.lr_end_tokens(config)])
-        if key not in self.made:
-            trainer = self.made[key] = Trainer(config, mesh)
-            trainer.step = lambda *args, step=trainer.step: self.watched(step, *args)
-        return self.made[key]
+    def make(self, config, mesh):
+        trainer = super().make(config, mesh)
+        trainer.step = lambda *args, step=trainer.step: self.watched(step, *args)
+        return trainer
 
     def watched(self, step, state, tokens_AxBxL, measure):
         self.before_step(int(state.step) + 1)
@@ -58,7 +52,7 @@ class Trainers:
 @pytest.fixture(scope="module")
 def shared(quick_compilation):
     with pytest.MonkeyPatch.context() as patch:
-        trainers = Trainers()
+        trainers = WatchedTrainers()
         patch.setattr(loop, "Trainer", trainers)
         yield trainers
 

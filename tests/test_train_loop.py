@@ -4,13 +4,21 @@ import json
 
 import numpy as np
 import pytest
-from helpers import small_config
+from helpers import Trainers, small_config
 
 from scaling_jax.errors import UserError
+from scaling_jax.train import loop
 from scaling_jax.train.loop import train
 from scaling_jax.train.metrics import read_records
 
 STEP = 128  # tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_programs(quick_compilation):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Trainer", Trainers())
+        yield
 
 
 def training(workdir):

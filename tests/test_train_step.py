@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import small_config
+from helpers import Trainers, small_config
 
 from scaling_jax.errors import UserError
 from scaling_jax.model import KINDS, Transformer, parameter_kind, sequence_losses
 from scaling_jax.train.step import Trainer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+shared = Trainers()  # compiled once for all tests here
 
 
 def batch(sequences=8, accumulation=1, seed=0):
@@ -24,7 +27,7 @@ def brute_force(trainer, params, tokens_BxL):
         model = nnx.merge(trainer.graph, params)
         return sequence_losses(model(tokens_L[None, :-1]), tokens_L[None, 1:])[0]
 
-    return jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))(params, tokens_BxL)
+    return jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))(params, tokens_BxL)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -75,7 +78,7 @@ def test_the_first_step_has_no_metric():
     assert float(state.noise["preconditioned"].seen_tokens) == 0 and float(state.noise["noise"].seen_tokens) == 128
 
 
-def test_the_metric_leaves_the_training_alone():
+def test_the_metric_leaves_the_training_alone(full_compilation):
     """The same parameters, bit for bit, whether or not the second metric is measured."""
     finals = []
     for preconditioned in (False, True):
@@ -91,7 +94,7 @@ def test_the_metric_leaves_the_training_alone():
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("sqrt", 2), ("linear", 4)])
 def test_lr_follows_the_batch_by_its_rule(rule, factor):
     trainer = Trainer(small_config(batch__lr_rule=rule, schedule__name="constant", optimizer__lr=0.5, train__batch_tokens=32))
-    _, metrics = trainer.step(trainer.init(0), batch())  # 8 sequences where the config has 2
+    _, metrics = trainer.step(trainer.init(0), batch(), False)  # 8 sequences where the config has 2
     np.testing.assert_allclose(metrics.lr, 0.5 * factor, rtol=1e-6)
 
 
@@ -133,7 +136,7 @@ def test_without_measurement_there_is_no_statistic():
 def test_accumulation_and_measuring_do_not_change_the_training():
     finals = []
     for accumulation, measure in ((1, True), (4, True), (1, False), (4, False)):
-        trainer = Trainer(small_config(train__accumulation=accumulation))
+        trainer = shared(small_config(train__accumulation=accumulation))
         state = trainer.init(0)
         for i in range(5):
             state, metrics = trainer.step(state, batch(accumulation=accumulation, seed=i), measure)
@@ -150,7 +153,7 @@ def test_counts_and_lr():
     state = trainer.init(0)
     lrs = []
     for i in range(6):
-        state, metrics = trainer.step(state, batch(seed=i))
+        state, metrics = trainer.step(state, batch(seed=i), False)
         lrs.append(float(metrics.lr))
     np.testing.assert_allclose(lrs, 0.5 * np.minimum((np.arange(6) + 0.5) * 128 / 640, 1), rtol=1e-6)
     assert int(state.step) == 6 and int(state.sequences) == 48
@@ -162,7 +165,7 @@ def test_one_step_moves_each_parameter_by_its_own_lr():
     trainer = Trainer(config)
     state = trainer.init(0)
     before = {path: np.asarray(p[...]) for path, p in nnx.to_flat_state(state.params)}
-    state, _ = trainer.step(state, batch())
+    state, _ = trainer.step(state, batch(), False)
     for path, p in nnx.to_flat_state(state.params):
         moved = np.abs(np.asarray(p[...]) - before[path])
         expected = 0.01 / 4 if path[0] == "blocks" else 0.01  # μP: hidden matrices lr / 4 at four times the base width
@@ -172,7 +175,7 @@ def test_one_step_moves_each_parameter_by_its_own_lr():
 def test_bfloat16_computes_near_float32_with_float32_parameters():
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        trainer = Trainer(small_config(model__compute_dtype=dtype))
+        trainer = shared(small_config(model__compute_dtype=dtype))
         state = trainer.init(0)
         for i in range(5):
             state, metrics = trainer.step(state, batch(seed=i))
@@ -190,7 +193,7 @@ def test_default_window_is_an_eighth_of_the_run():
 
 def test_lowered_step_is_the_step():
     """What is counted and compiled ahead is what runs."""
-    trainer = Trainer(small_config())
+    trainer = shared(small_config())
     compiled = trainer.lower_step(8).compile()
     _, expected = trainer.step(trainer.init(0), batch())
     _, found = compiled(trainer.init(0), batch())

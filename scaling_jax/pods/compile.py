@@ -68,7 +68,7 @@ class CompiledStep:
     """A step as compiled. FLOPs, bytes and times are of one device and one step."""
 
     config: ConfigDict
-    total_params: int
+    total_params: int  # of one member
     topology: Topology
     mesh: Mesh
     measured: bool  # whether the step measures the noise scale
@@ -80,6 +80,7 @@ class CompiledStep:
     collectives: list[Collective]
     least: Least
     roofline: Roofline
+    members: int = 1  # runs that train together; of each of them is what the config says
 
     @property
     def devices(self) -> int:
@@ -88,12 +89,12 @@ class CompiledStep:
     @property
     def tokens_per_second(self) -> float:
         """All chips together, at most."""
-        return self.config.train.batch_tokens / self.roofline.step_s
+        return self.members * self.config.train.batch_tokens / self.roofline.step_s
 
     @property
     def seconds(self) -> float:
         """For the whole budget, at least."""
-        return self.config.train.tokens / self.tokens_per_second
+        return self.config.train.tokens / self.config.train.batch_tokens * self.roofline.step_s
 
     @property
     def faults(self) -> list[str]:
@@ -164,6 +165,22 @@ def compile_step(config: ConfigDict, topology: Topology, measure: bool | None = 
     mesh = make_mesh(*(config.mesh[axis] for axis in ("replica", "fsdp", "tensor", "member")), devices=devices)
     trainer = Trainer(config, mesh)
     traced = trainer.trace_step(config_lib.sequences_per_batch(config), measure)
+    return compile_traced(traced, trainer, topology, measure)
+
+
+def compile_traced(traced: jax.stages.Traced, trainer: Trainer, topology: Topology, measure: bool, members: int = 1) -> CompiledStep:
+    """Compiles a traced step and reads it.
+
+    Args:
+      traced: `trainer.trace_step(…)`, or the step of `members` such runs side by side, sharded over the mesh's axis `member`.
+      trainer: of one run, on a mesh of the topology's devices.
+      measure: whether the step measures noise.
+
+    Raises:
+      DoesNotFit: the program does not fit the devices' memory.
+    """
+    config, mesh = trainer.config, trainer.mesh
+    of_device = members / mesh.shape["member"]
     with jax.set_mesh(mesh):
         lowered = traced.lower()
     started = time.monotonic()
@@ -183,10 +200,10 @@ def compile_step(config: ConfigDict, topology: Topology, measure: bool | None = 
         peak=planned.peak_memory_in_bytes,
         capacity=topology.chip.compiler_hbm_bytes,
     )
-    flops, kernels = dot_flops(text), attention_flops(config, pallas_kernels(text))
+    flops, kernels = dot_flops(text), of_device * attention_flops(config, pallas_kernels(text))
     sent = collectives(text, mesh.shape, [device.id for device in mesh.devices.flat])
     moved = least_hbm_bytes(memory.arguments, memory.outputs, memory.temporaries)
-    model_flops = transformer_config(config).causal_flops_per_token * config.train.batch_tokens
+    model_flops = members * transformer_config(config).causal_flops_per_token * config.train.batch_tokens
     return CompiledStep(
         config=config,
         total_params=sum(x.size for x in jax.tree.leaves(trainer.abstract_state.params)),
@@ -199,8 +216,9 @@ def compile_step(config: ConfigDict, topology: Topology, measure: bool | None = 
         traced_flops=jaxpr_dot_flops(traced.jaxpr) / mesh.size,
         kernel_flops=kernels,
         collectives=sent,
-        least=least_traffic(config, trainer.abstract_state.params),
+        least=Least(*(of_device * sent_bytes for sent_bytes in least_traffic(config, trainer.abstract_state.params))),
         roofline=roofline(topology, mesh, flops + kernels, moved, sent, model_flops),
+        members=members,
     )
 
 
@@ -209,6 +227,8 @@ def attention_flops(config: ConfigDict, kernel_calls: dict[str, int]) -> float:
 
     A kernel multiplies whole blocks on and below the diagonal; that is (1 + n) / 2n of all, with n blocks a side.
     """
+    if not kernel_calls:
+        return 0.0
     model, mesh = config.model, config.mesh
     blocks = model.context // next(size for size in (512, 256, BLOCK) if model.context % size == 0)
     sequences = config_lib.sequences_per_batch(config) / (mesh.replica * mesh.fsdp * config.train.accumulation)

@@ -13,6 +13,7 @@ def faults(collectives: Sequence[Collective], least: Least, depth: int, accumula
     """One line for each fault, empty where there is none.
 
     - A collective over a wider group of devices than one axis: the partitioner has lost track of a layout.
+    - A collective between members of a group that trains together: they have nothing to tell each other.
     - An all-to-all inside the loop over blocks.
     - More bytes along replica and fsdp than weights and gradients need (times WEIGHTS), or in all (times ALL): something else than they,
       such as activations, travels there.
@@ -29,6 +30,8 @@ def faults(collectives: Sequence[Collective], least: Least, depth: int, accumula
         what = f"{c.kind} over {'+'.join(c.axes)}, {c.count} times, {c.wire_bytes / 1e9:.3g} GB, {c.dtype} ({c.op_name or c.name})"
         if len(c.axes) > 1 and c.wire_bytes > NEGLIGIBLE * total:
             found.append(f"wider than one axis: {what}")
+        if "member" in c.axes:
+            found.append(f"between members: {what}")
         loops = c.loops[1:] if accumulation > 1 and c.loops and c.loops[0].trips == accumulation else c.loops
         if c.kind == "all-to-all" and any(loop.trips >= depth - 2 for loop in loops) and depth > 2:
             found.append(f"all-to-all inside the loop over blocks: {what}")

@@ -23,13 +23,14 @@ def pod_table(step: CompiledStep) -> str:
     cell = config.train.batch_tokens // config.model.context // (mesh.replica * mesh.fsdp)
     rows = [
         ("topology", f"{several}{topology.name}, {topology.chips:,} chips on {topology.hosts:,} hosts, {step.devices:,} devices"),
-        ("mesh", f"replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"),
+        ("mesh", f"replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor}{_member_axis(step)}"),
         ("model", f"N {human(model.params)}, {human(step.total_params)} parameters in all"),
         ("step", f"{config.train.batch_tokens:,} tokens, {cell} sequences of {config.model.context:,} for each of replica x fsdp"),
         (
             "",
             f"remat {config.model.remat}, accumulation {config.train.accumulation}, noise {'' if step.measured else 'not '}measured",
         ),
+        *([("members", f"{step.members} that train together; batch, model and budget are those of each")] if step.members > 1 else []),
         *_batch_rows(step),
         ("compiled in", f"{step.compile_s:.0f} s"),
         *_memory_rows(step),
@@ -46,7 +47,7 @@ def pod_table(step: CompiledStep) -> str:
             f"at most {roof.mfu:.0%} of {topology.chip.name}'s {topology.chip.flops_bf16 / 1e12:.0f} TFLOP/s, in the model's FLOPs "
             "(attention counted causally)",
         ),
-        ("speed", f"at most {human(step.tokens_per_second)} tokens/s"),
+        ("speed", f"at most {human(step.tokens_per_second)} tokens/s{', all members together' if step.members > 1 else ''}"),
         (
             "the run",
             f"{human(config.train.tokens)} tokens: at least {_long(step.seconds)}, {step.seconds / 3600 * topology.chips:,.0f} chip-hours",
@@ -55,6 +56,10 @@ def pod_table(step: CompiledStep) -> str:
     rows += [("fault", fault) for fault in step.faults]
     rows.append(("rates from", topology.chip.source))
     return "\n".join(f"{name:<16}{text}" for name, text in rows)
+
+
+def _member_axis(step: CompiledStep) -> str:
+    return f" x member {step.mesh.shape['member']}" if step.members > 1 else ""
 
 
 def _batch_rows(step: CompiledStep) -> list[tuple[str, str]]:
@@ -114,6 +119,7 @@ def pod_json(step: CompiledStep) -> dict[str, Any]:
         "accumulation": config.train.accumulation,
         "batch_tokens": config.train.batch_tokens,
         "measured": step.measured,
+        "members": step.members,
         "params": transformer_config(config).params,
         "total_params": step.total_params,
         "compile_s": round(step.compile_s, 1),

@@ -1,1 +1,1 @@
-"""Studies: a grid of runs over the fields of one config, trained together where they can be, resumed whatever happens, one table at the end."""
+"""Studies: points of a grid, trained together where that is faster, resumed whatever happens, one table at the end."""

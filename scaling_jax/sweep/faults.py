@@ -42,7 +42,7 @@ def checked(study: "Study") -> tuple[ConfigDict, list[dict[str, Any]]]:
             must = "a changed scaling_jax.config.default_config()" if kind is ConfigDict else "made by scaling_jax.sweep.grid"
             raise UserError(f"the study's {what} is of type {type(getattr(study, what)).__name__}: must be {must}")
     base = study.base.copy_and_resolve_references()
-    if faults := config_lib._field_faults(base):
+    if faults := config_lib.field_faults(base):
         raise UserError("\n".join(faults))
     assignments, faults = _assignments(study.grid)
     faults += _setting_faults(study) + _horizon_faults(study)

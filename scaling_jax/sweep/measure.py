@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import statistics
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,10 +15,11 @@ from scaling_jax.sweep.group import device_mesh
 from scaling_jax.sweep.plan import model_size
 from scaling_jax.sweep.population import Population, stack_values
 from scaling_jax.sweep.study import config_of
-from scaling_jax.train.step import Trainer
+from scaling_jax.train.step import Trainer, transformer_config
 
 DTYPES = ("float32", "bfloat16")
 TIMED_SECONDS, TIMED_STEPS = 1.0, 50  # of one timing, at most
+FORWARD_FLOPS = 2e10  # that a forward pass of the estimate has, at most
 MEMORY_SHARE = 0.8  # of what there is that a group may fill
 FORWARD_SHARE = (
     0.28  # of a training step that evaluating its tokens takes: a third of the products, and the optimizer's and the noise's part
@@ -106,7 +106,7 @@ def time_steps(population: Population) -> Timing:
         taken.append(time.monotonic() - before)
     planned = compiled.memory_analysis()
     peak = getattr(planned, "peak_memory_in_bytes", 0) or planned.argument_size_in_bytes + planned.temp_size_in_bytes
-    return Timing(statistics.median(taken[1:]), int(peak))  # the first pays for pages
+    return Timing(min(taken), int(peak))  # what other processes take from it is not its own
 
 
 def memory_bytes(cpus: int) -> int:
@@ -141,10 +141,16 @@ def estimate(classes: Mapping[str, tuple[Mapping[str, Any], int]], budget_second
 
 
 def _forward_seconds(config: ConfigDict) -> float:
-    """Of evaluating one batch, on made-up parameters."""
+    """Of evaluating one batch, on made-up parameters; of a large model's, from a part of the batch, or of the depth."""
+    config, of_all = config.copy_and_resolve_references(), 1.0
+    sequences, flops = config_lib.sequences_per_batch(config), transformer_config(config).flops_per_token * config.model.context / 3
+    if flops > FORWARD_FLOPS and config.parametrization.name != "completep":
+        of_all, config.model.depth = config.model.depth, 1
+        flops /= of_all
+    measured = max(1, min(sequences, int(FORWARD_FLOPS / flops)))
     trainer, rng = Trainer(config), np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.uniform(0.0, 0.02, x.shape).astype(x.dtype), trainer.abstract_state.params)
-    shape = config_lib.sequences_per_batch(config), config.model.context + 1
+    shape = measured, config.model.context + 1
     tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
     trainer.eval(params, tokens).block_until_ready()
     taken = []
@@ -152,4 +158,4 @@ def _forward_seconds(config: ConfigDict) -> float:
         before = time.monotonic()
         trainer.eval(params, tokens).block_until_ready()
         taken.append(time.monotonic() - before)
-    return min(taken)
+    return min(taken) * of_all * sequences / measured

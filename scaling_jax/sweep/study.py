@@ -187,12 +187,12 @@ class _Check:
         return self.related[key]
 
     def _relations(self, values: dict[str, Any], horizons: tuple[int, ...]) -> list[str]:
-        faults = config_lib._relation_faults(_Sections(values), None)
+        faults = config_lib.relation_faults(_Sections(values), None)
         if faults or len(horizons) == 1:
             return faults
         schedule, warmup, first, decay = values["schedule.name"], values["schedule.warmup_tokens"], horizons[0], 0
         if schedule not in ONE_FOR_ALL and values["batch.schedule"] == "stages":  # which begin within each horizon's own run
-            faults = config_lib._relation_faults(_Sections(values | {"train.tokens": first}), None)
+            faults = config_lib.relation_faults(_Sections(values | {"train.tokens": first}), None)
         elif schedule == "wsd":
             decay = decay_tokens(self.decay_fraction, first) if self.decay_fraction else values["schedule.decay_tokens"]
         if not faults and warmup + decay > first:

@@ -21,6 +21,7 @@ from scaling_jax.train.hosts import ALONE, Hosts
 
 CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LOCK_FILE = "config.json", "summary.json", "parametrization.json", "figures", ".lock"
 LAWS, BRANCHES, EVALUATIONS = "laws", "branches", "evaluations"
+STUDY_FILE = "plan.json"  # of `scaling-jax sweep`
 _OWN = (
     *(CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LAWS, BRANCHES, EVALUATIONS),
     *(metrics.FILE, "tensorboard", "wandb", "profile", checkpoint.DIRECTORY, checkpoint.SET_ASIDE),
@@ -59,6 +60,8 @@ def claim(
 def _take(workdir: Path) -> int:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file, must be a directory")
+    if (workdir / STUDY_FILE).exists():
+        raise UserError(f"--workdir={workdir}: holds a study, {STUDY_FILE}; give another directory")
     there = [name for name in _OWN if os.path.lexists(workdir / name)]
     if there and not _was_run(workdir):  # somebody's figures/, which --overwrite must not delete
         raise UserError(f"--workdir={workdir}: holds {', '.join(there)} of something else than a run; give another directory")

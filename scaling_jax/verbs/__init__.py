@@ -8,6 +8,8 @@ from scaling_jax.verbs.eval import EVAL
 from scaling_jax.verbs.export import EXPORT
 from scaling_jax.verbs.parametrization import PARAMETRIZATION
 from scaling_jax.verbs.sample import SAMPLE
+from scaling_jax.verbs.status import STATUS
+from scaling_jax.verbs.sweep import SWEEP
 from scaling_jax.verbs.tokenize import TOKENIZE
 from scaling_jax.verbs.train import TRAIN
 from scaling_jax.verbs.train_tokenizer import TRAIN_TOKENIZER
@@ -20,6 +22,8 @@ VERBS: dict[str, Verb] = {
     "coord-check": COORD_CHECK,
     "compile": COMPILE,
     "branch": BRANCH,
+    "sweep": SWEEP,
+    "status": STATUS,
     "eval": EVAL,
     "sample": SAMPLE,
     "export": EXPORT,

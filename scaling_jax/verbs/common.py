@@ -1,7 +1,7 @@
 """What a verb is, and the flags that several share."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -16,6 +16,8 @@ class Verb(NamedTuple):
     define: Callable[[flags.FlagValues], None]
     run: Callable[[flags.FlagValues], int]
     continues: bool = False  # after Ctrl-C, when given again
+    load: Callable[[str, Mapping[str, Any]], Any] | None = None  # what --config names, with fields changed; a run's config if not given
+    positional: str = ""  # flag whose value may be given without its name
 
 
 def define_config(values: flags.FlagValues) -> None:

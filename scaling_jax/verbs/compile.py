@@ -56,7 +56,7 @@ def _compile(config: ConfigDict, topology: Topology, path: Path | None) -> int:
     from scaling_jax.report.pods import pod_json, pod_table
 
     try:
-        step = _heeding_interrupt(lambda: compile_step(config, topology), LiveLine(20, at_once=False), f"compiling for {topology.name}")
+        step = heeding_interrupt(lambda: compile_step(config, topology), LiveLine(20, at_once=False), f"compiling for {topology.name}")
     except DoesNotFit as error:
         print(f"scaling-jax compile: does not fit: {error}; --find searches for what does", file=sys.stderr)
         found = {"topology": topology.name, "slices": topology.slices, "fits": False, "reason": str(error)}
@@ -76,12 +76,12 @@ def _find(config: ConfigDict, topology: Topology, wanted: int, path: Path | None
     from scaling_jax.report.pods import find_json, find_table, tried_line
 
     line = LiveLine(20, at_once=False)
-    ranked = _heeding_interrupt(lambda: layouts(config, topology), line, "predicting")
+    ranked = heeding_interrupt(lambda: layouts(config, topology), line, "predicting")
     tried: list[Tried] = []
     line.say(f"{len(ranked)} layouts; the best are compiled until {wanted} fit, which takes a minute or two each")
 
     def compiled(config: ConfigDict, topology: Topology) -> Any:
-        return _heeding_interrupt(lambda: compile_step(config, topology), line, f"compiling, {len(tried)} done")
+        return heeding_interrupt(lambda: compile_step(config, topology), line, f"compiling, {len(tried)} done")
 
     try:
         for one in find(config, topology, wanted, ranked, compiled):
@@ -94,7 +94,7 @@ def _find(config: ConfigDict, topology: Topology, wanted: int, path: Path | None
     return 0 if any(one.fits for one in tried) else 1
 
 
-def _heeding_interrupt(function: Callable[[], Result], line: LiveLine, what: str) -> Result:
+def heeding_interrupt(function: Callable[[], Result], line: LiveLine, what: str) -> Result:
     """function(), in a thread of its own: the compiler is not Python, and Ctrl-C would be heard only after it."""
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
 

@@ -3,8 +3,8 @@
 from absl import flags
 
 from scaling_jax.errors import UserError
+from scaling_jax.process import use_compilation_cache
 from scaling_jax.verbs.common import Verb, config_of, define_config, define_model, integers
-from scaling_jax.verbs.process import use_compilation_cache
 
 
 def _define(values: flags.FlagValues) -> None:

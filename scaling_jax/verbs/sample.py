@@ -7,9 +7,9 @@ import sys
 from absl import flags
 
 from scaling_jax.errors import UserError
+from scaling_jax.process import keep_freed_memory, use_compilation_cache
 from scaling_jax.verbs.common import Verb
 from scaling_jax.verbs.interrupt import ended_by_interrupt
-from scaling_jax.verbs.process import keep_freed_memory, use_compilation_cache
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -8,10 +8,10 @@ from absl import flags
 
 from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
+from scaling_jax.process import keep_freed_memory, use_compilation_cache
 from scaling_jax.train import joining
 from scaling_jax.train.hosts import Hosts
 from scaling_jax.verbs.common import Verb, config_of, define_config, integers
-from scaling_jax.verbs.process import keep_freed_memory, use_compilation_cache
 
 
 def workdir_of(values: flags.FlagValues) -> str:

@@ -14,6 +14,7 @@ from scaling_jax.noise_scale import estimator
 from scaling_jax.noise_scale.any_model import group_sq_norms, per_example_sq_norms
 from scaling_jax.noise_scale.two_batches import microbatch_estimates, shard_estimates
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DEVICES, B = 8, 32
 
 

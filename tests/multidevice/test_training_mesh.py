@@ -18,6 +18,8 @@ from scaling_jax.mesh import make_mesh
 from scaling_jax.train.checkpoint import Checkpoints
 from scaling_jax.train.step import Trainer, TrainState
 
+# Initial parameters are compared bit for bit as a run's own compiler makes them; all else is compared between two quick ones.
+quickly = pytest.mark.usefixtures("quick_compilation")
 SEQUENCES, CONTEXT, VOCAB, STEPS = 32, 16, 32, 20
 MESHES = {
     "fsdp8": {"fsdp": 8},
@@ -117,11 +119,13 @@ def test_parameters_are_divided_among_the_devices():
             assert value.addressable_shards[0].data.size == value.size // parts, path
 
 
+@quickly
 def test_the_course_without_a_mesh_learns():
     losses = course(None).losses
     assert losses[-1] < losses[0] - 0.1
 
 
+@quickly
 @pytest.mark.parametrize("name", COURSES)
 def test_the_course_is_that_of_one_device(name: str):
     wanted, seen = course(None), course(name)
@@ -129,6 +133,7 @@ def test_the_course_is_that_of_one_device(name: str):
     np.testing.assert_allclose(seen.param_norms, wanted.param_norms, rtol=1e-5)
 
 
+@quickly
 @pytest.mark.parametrize("name", COURSES)
 def test_the_noise_scale_is_that_of_one_device(name: str):
     """|G|² is a difference of larger terms: its error is measured by these."""
@@ -144,7 +149,7 @@ def test_the_noise_scale_is_that_of_one_device(name: str):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+def saved(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> tuple[Path, TrainState]:
     """A checkpoint after two steps on 2x2x2, and its state on the host."""
     workdir = tmp_path_factory.mktemp("saved")
     trainer = trainer_of("2x2x2")
@@ -157,6 +162,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
     return workdir, jax.device_get(state)
 
 
+@quickly
 @pytest.mark.parametrize("name", [None, "one", *MESHES])
 def test_restoring_to_another_mesh_is_bit_exact(saved: tuple[Path, TrainState], name: str | None):
     workdir, state = saved
@@ -179,6 +185,7 @@ def tokens_dir(tmp_path: Path) -> Path:
     return tmp_path / "tokens"
 
 
+@quickly
 def test_a_run_moves_to_another_mesh(tokens_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """Half a run on one mesh and the rest on another, by the command line, is the run that never moved."""
     batch_tokens, steps = SEQUENCES * CONTEXT, 12
@@ -226,6 +233,7 @@ def test_a_run_moves_to_another_mesh(tokens_dir: Path, tmp_path: Path, capsys: p
     assert records[: steps // 2] == whole_records[: steps // 2]
 
 
+@quickly
 @pytest.mark.parametrize("name", ["fsdp8", "tensor4-fsdp2"])
 def test_measuring_gathers_no_gradient(name: str):
     """Squares of a gradient are summed where they lie: what is gathered for a step is gathered without measuring too."""

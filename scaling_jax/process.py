@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 
 
+def has_accelerator() -> bool:
+    """Whether the machine has one, by its device files; JAX is not started."""
+    return any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))
+
+
 def leave_out_absent_tpu() -> None:
     """Before JAX starts: where libtpu is installed and there is no TPU, as on a machine that only compiles for one, JAX would look for it
     for seconds and complain."""
-    there = any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))
-    if not there and importlib.util.find_spec("libtpu") is not None:
+    if not has_accelerator() and importlib.util.find_spec("libtpu") is not None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
