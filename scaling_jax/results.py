@@ -50,7 +50,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "data_tokens": ("tokens", "of the data that it trains on, 0 for all: data.train_tokens"),
     "data": ("", "fingerprint of the training data"),
     "loss": ("nats per token", "held-out, after `tokens`; the same tokens for every point"),
-    "loss_stderr": ("nats per token", "its standard error, over sequences"),
+    "loss_stderr": ("nats per token", "its standard error, over documents"),
     "bits_per_byte": ("bits", "the same loss for a byte of text"),
     "bits_per_byte_stderr": ("bits", "its standard error"),
     "train_loss": ("nats per token", "mean over the last twentieth of the training"),

@@ -1,7 +1,7 @@
 """The study of Time Transfer (arXiv 2410.05838): its three models over learning rate, batch size and token budget, on a TPU slice for each group.
 
     scaling-jax sweep --config=configs/sweeps/time_transfer.py --workdir=gs://BUCKET/time_transfer --engine=ray --config.data.path=DATA --config.data.tokenizer=FILE
-    scaling-jax sweep --config=configs/sweeps/time_transfer.py --config.data.path=DATA --config.data.tokenizer=FILE --dry_run --topology=v5e:2x4
+    scaling-jax sweep --config=configs/sweeps/time_transfer.py --dry_run --topology=v5e:2x4
 
 The argument chooses models: 32m, 101m, 354m, or several, as in 32m,101m; without it all three. The recipe is that of configs/time_transfer.py,
 which says what of it is known. DATA is what `scaling-jax tokenize` made of C4 with GPT-2's tokenizer, whose vocabulary files FILE names; one
@@ -15,8 +15,9 @@ At the largest batch the first budgets are 4 and 8 steps away and say little: re
 A group is four members on 8 chips, two chips a member: of eleven learning rates 4, 4 and 3. A microbatch is 2^14 tokens of every member.
 Compute in bfloat16. Any slice of 8 chips with 16 GB each will do; v5e:2x4 was compiled for.
 
-Cost: 198 points, 1.7e12 tokens, 1.7e21 FLOPs, in 54 groups of 8 chips: 6,300 v5e chip-hours were the model-FLOPs utilisation 40%, the
-empty places of the groups of three counted.
+Cost: 198 points, 1.7e12 tokens, 1.7e21 FLOPs, in 54 groups of 8 chips: 6,300 v5e chip-hours were the model-FLOPs utilisation 40%, empty
+places of groups of three counted; 3,700 at the very least, by the compiled steps (16, 42 and 148 for a group of each size, with 1.7, 4.3 and
+8.6 GB of a chip's 16.9 GB). Nothing of it was ever run.
 Expect: unknown; that is the question. Its first version found η* ∝ √T, 1 and 1/√T in turn, by B against a B_crit ∝ T, its second withdrew
 the three regimes and kept B_crit ∝ T; later papers find B* and B_crit ∝ T^0.4 … T^0.6, and some of them no turn at large batches at all.
 """  # noqa: E501 (commands)
