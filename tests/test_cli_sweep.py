@@ -119,7 +119,7 @@ def test_a_study_is_run_shown_stopped_and_continued(study_file: Path, tmp_path: 
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert main(["status", "--json", str(workdir)]) == 0
     status = json.loads(capsys.readouterr().out)
-    assert status["cells"]["pending"] > 0 and status["groups"]["running"] > 0 and not status["in_use"]
+    assert status["cells"]["pending"] > 0 and status["groups"]["stopped"] > 0 and not status["in_use"]
     for group in status["running"]:
         assert (workdir / "groups" / group["group"] / "trunk" / "checkpoints" / str(group["tokens"])).exists()
     assert main(command) == 0

@@ -32,11 +32,19 @@ def test_pieces_hold_every_step_and_the_noise_that_was_kept(tmp_path):
     np.testing.assert_array_equal(pieces[1]["noise_KxMx3"], [[[4, 1, math.inf], [8, np.nan, np.nan]]])
 
 
-def test_losses_after_a_mark_are_those_on_disk_and_those_that_wait(tmp_path):
+def test_the_last_losses_are_those_on_disk_and_those_that_wait(tmp_path):
     curves = written(tmp_path, range(1, 8))
-    np.testing.assert_array_equal(curves.losses(20), [[n, -n] for n in (3, 4, 5, 6, 7)])
-    np.testing.assert_array_equal(curves.losses(50), [[6, -6], [7, -7]])
-    assert curves.losses(70).shape == (0, 2)
+    np.testing.assert_array_equal(curves.last(5), [[n, -n] for n in (3, 4, 5, 6, 7)])
+    np.testing.assert_array_equal(curves.last(1), [[7, -7]])
+    assert curves.last(100).shape == (7, 2)
+
+
+def test_the_last_losses_of_a_decay_are_its_own_and_before_them_its_trunks(tmp_path):
+    written(tmp_path / "trunk", range(1, 6))
+    decay = Curves(epath.Path(tmp_path / "decay"), ["a", "b"], 40, (epath.Path(tmp_path / "trunk"), 40))
+    for number in (50, 60):
+        decay.add(step(number))
+    np.testing.assert_array_equal(decay.last(4), [[n, -n] for n in (3, 4, 50, 60)])
 
 
 def test_what_came_after_the_checkpoint_is_cut_off(tmp_path):
@@ -44,7 +52,7 @@ def test_what_came_after_the_checkpoint_is_cut_off(tmp_path):
     again = Curves(epath.Path(tmp_path), ["a", "b"], 30)
     assert [piece["tokens_S"][-1] for piece in read(epath.Path(tmp_path))] == [30]
     again.add(step(4))
-    np.testing.assert_array_equal(again.losses(0), [[n, -n] for n in (1, 2, 3, 4)])
+    np.testing.assert_array_equal(again.last(9), [[n, -n] for n in (1, 2, 3, 4)])
 
 
 def test_noise_is_kept_evenly_over_the_logarithm_of_tokens():

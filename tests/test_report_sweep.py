@@ -99,7 +99,7 @@ def test_status_counts_cells_and_names_what_failed(tmp_path: Path):
     sizes = [len(plan.groups[group]["trajectories"]) for group in plan.order]
     assert sizes == [2, 2, 1, 1]
     assert status["cells"] == {"finished": 2 * 2 + 2 + 1, "pending": 2 + 2, "failed": 1}
-    assert status["groups"] == {"done": 1, "running": 1, "failed": 1, "pending": 1}
+    assert status["groups"] == {"done": 1, "stopped": 1, "failed": 1, "pending": 1}
     assert status["flops_done"] / status["flops"] == pytest.approx((2 + 2 / 2 + 1 / 2) / 6)
     assert not status["in_use"]
     text = status_text(status)

@@ -104,8 +104,7 @@ def test_one_that_died_between_tasks_is_replaced(make: Callable[..., LocalEngine
     engine = make(1)
     pid = engine.submit({"do": "other"}).result(20)["pid"]
     os.kill(pid, signal.SIGKILL)
-    while alive(pid) and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
-        time.sleep(0.01)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert engine.submit({"do": "other"}).result(20)["pid"] != pid
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scaling_jax.errors import UserError
 from scaling_jax.sweep.plan import FILE as PLAN_FILE
 
 LOCK_FILE, RUN_FILE = ".lock", "config.json"
+LOOK_SECONDS = 0.5  # more than `in_use` holds the lock
 _OWN = ("groups", "results.parquet")
 
 
@@ -40,11 +42,16 @@ def locked(directory: epath.Path) -> Iterator[None]:
         lock = os.open(path / LOCK_FILE, os.O_CREAT | os.O_RDWR)
     except OSError as error:
         raise UserError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however it ends
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"--workdir={directory}: in use by another process") from None
+    deadline = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however it ends
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(lock)
+                raise UserError(f"--workdir={directory}: in use by another process") from None
+            time.sleep(0.05)
     try:
         yield
     finally:

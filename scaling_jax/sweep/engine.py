@@ -49,7 +49,8 @@ class LocalEngine:
 
     def __init__(self, workers: int, cpus: int = 1, module: str = WORKER):
         """`cpus`: threads of each; `module`: what a process runs, which calls `worker.serve`."""
-        self._environment = os.environ | {"PJRT_NPROC": str(cpus), "OMP_NUM_THREADS": str(cpus)}
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
+        self._environment = os.environ | {"PJRT_NPROC": str(cpus), "OMP_NUM_THREADS": str(cpus), "PYTHONPATH": path}
         self._module = module
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
         self._own = threading.local()
@@ -105,7 +106,7 @@ class _Process:
     def __init__(self, module: str, environment: dict[str, str]):
         self._stderr = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-P", "-m", module],  # not what happens to lie in the working directory
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -126,7 +127,11 @@ class _Process:
             reply = ""
         if not reply.endswith("\n"):
             raise WorkerLost(self._how_it_died())
-        return json.loads(reply)
+        try:
+            return json.loads(reply)
+        except ValueError:
+            self._process.kill()
+            raise WorkerLost(f"it printed {reply.strip()[:200]!r} where its answer should be") from None
 
     def ask_to_stop(self) -> None:
         self._process.terminate()

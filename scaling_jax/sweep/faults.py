@@ -1,5 +1,6 @@
 """What is wrong with a study before any of its points is looked at; all of it at once."""
 
+import contextlib
 import numbers
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,11 @@ def taken(name: str, value: Any) -> Any:
     """`value` in the type of the field: an integer for a number, a list for a tuple, NumPy's scalars; UserError for anything else."""
     kind = type(FIELDS[name].default)
     if type(value) is kind and kind is not tuple:
-        return value
+        return value + 0.0 if kind is float else value  # -0.0 is 0.0
     if not isinstance(value, bool):
         if kind is float and isinstance(value, numbers.Real):
-            return float(value)
+            with contextlib.suppress(OverflowError):  # an integer beyond 1.8e308
+                return float(value)
         if kind is int and isinstance(value, numbers.Integral):
             return int(value)
         if kind is tuple and isinstance(value, tuple | list) and all(isinstance(entry, str | int) for entry in value):

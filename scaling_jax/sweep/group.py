@@ -27,7 +27,7 @@ from scaling_jax.sweep.faults import ONE_FOR_ALL
 from scaling_jax.sweep.legs import TRUNK, Leg, legs_of
 from scaling_jax.sweep.plan import Plan, read_plan
 from scaling_jax.sweep.population import Population, program, stack_values
-from scaling_jax.sweep.record import DIVERGED, GroupRecord
+from scaling_jax.sweep.record import DIVERGED, FILE, GroupRecord
 from scaling_jax.train import checkpoint as checkpoint_lib
 from scaling_jax.train.checkpoint import Checkpoints, Start
 from scaling_jax.train.evaluate import HeldOut, batch_sequences, evaluate_members
@@ -69,6 +69,9 @@ def run_group(directory: epath.PathLike, group_id: str, stop: Callable[[], bool]
         with _locked(group_dir, stop) as locked:
             if not locked:
                 return "stopped", None
+            if not (group_dir / FILE).exists():  # who has ended is known there alone
+                for leg in [path for path in group_dir.iterdir() if path.is_dir()] if group_dir.exists() else []:
+                    leg.rmtree()
             record = GroupRecord(group_dir, [tid for tid, _ in plan.groups[group_id]["trajectories"]], plan.settings["stop_after_rises"])
             state = _Group(plan, group_id, group_dir, record, stop).run()
             record.write("done" if state == "done" else "running")
@@ -88,7 +91,7 @@ def group_directory(directory: epath.PathLike, group_id: str) -> epath.Path:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text:
-        return "out of memory; a smaller max_members, config.train.accumulation or config.model.remat=full need less"
+        return "out of memory; more config.train.accumulation, config.model.remat=full or fewer config.eval.batch_sequences need less"
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or 'a file'}: {error.strerror}"
     text = text if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {text}"
@@ -187,6 +190,8 @@ class _Group:
 
     def wanted(self, leg: Leg) -> bool:
         """Whether it has a horizon that is not reached yet, or lacks a checkpoint that a leg starts from which has one."""
+        if self.record.values["legs"].get(leg.name) not in (None, leg.tokens):  # begun, perhaps anew, and not at its end
+            return True
         if leg.horizons:
             return any(self.record.missing(horizon) for horizon, _ in leg.horizons)
         starts = {other.start_tokens for other in self.legs if other.horizons and self.wanted(other)} - {0}
@@ -202,7 +207,9 @@ class _Group:
         wanted = [at for horizon, at in leg.horizons if self.record.missing(horizon)] or [
             at for at in leg.keep_at_tokens if at not in saved
         ]
-        if saved and saved[-1] > min(wanted):  # an earlier horizon, asked for later
+        if saved and wanted and saved[-1] > min(wanted):  # an earlier horizon, asked for later
+            self.record.at(leg.name, 0)
+            self.record.write()
             (self.directory / leg.name).rmtree()
         return _LegRun(self, leg).run()
 
@@ -225,22 +232,31 @@ class _LegRun:
             tokens, state = self.restore_or_begin()
             branched = TRUNK if leg.name != TRUNK else None
             earlier = [
-                h for other in self.group.legs for h, at in other.horizons if (h < leg.horizons[-1][0] if branched else at <= tokens)
+                h
+                for other in self.group.legs
+                for h, at in other.horizons
+                if (h < leg.horizons[-1][0] if branched else leg.horizons and at <= tokens)
             ]
             self.record.begin(leg.name, tokens, branched, earlier)
-            self.curves = Curves(self.directory / "curves", self.tids, tokens)
+            if state is None and not self.record.all_ended:
+                where = self.group.directory / TRUNK / checkpoint_lib.DIRECTORY / str(tokens)
+                raise UserError(f"{where}: missing, and a decay starts from it; delete {self.group.directory}: the group is trained again")
+            before = (self.group.directory / TRUNK / "curves", leg.start_tokens) if branched else None
+            self.curves = Curves(self.directory / "curves", self.tids, tokens, before)
             self.saved_tokens, self.saved_at, self.save_took = tokens, time.monotonic(), 0.0
             return self.steps(state, tokens)
 
-    def restore_or_begin(self) -> tuple[int, TrainState]:
-        restored = self.checkpoints.restore_latest(self.population.abstract_state, print)
+    def restore_or_begin(self) -> tuple[int, TrainState | None]:
+        """Where the leg goes on, and the state there; None where it starts from a checkpoint that there is not, as all had ended before."""
+        own = self.population.abstract_members(len(self.tids))
+        restored = self.checkpoints.restore_latest(own, print)
         if restored is not None:
-            return restored
+            return restored[0], self.population.fill(restored[1])
         if tokens := self.leg.start_tokens:
             trunk = self.group.directory / TRUNK
-            if not (trunk / checkpoint_lib.DIRECTORY / str(tokens)).exists():  # all members had ended before
-                return tokens, self.population.init(self.padded)
-            return tokens, Start(trunk, tokens).restore(self.population.abstract_state)
+            if not (trunk / checkpoint_lib.DIRECTORY / str(tokens)).exists():
+                return tokens, None
+            return tokens, self.population.fill(Start(trunk, tokens).restore(own))
         return 0, self.population.init(self.padded)
 
     def read(self, key: tuple[int, int]) -> np.ndarray:
@@ -251,11 +267,12 @@ class _LegRun:
                 by_seed[config.train.seed] = data.train.batch(*key)
         return np.stack([by_seed[config.train.seed] for config in self.padded])
 
-    def steps(self, state: TrainState, tokens: int) -> bool:
+    def steps(self, state: TrainState | None, tokens: int) -> bool:
         config, leg = self.config, self.leg
         context, every = config.model.context, config.noise_scale.every
-        step, sequences = int(np.asarray(state.step)[0]), tokens // context
+        step, sequences = int(np.asarray(state.step)[0]) if state else 0, tokens // context
         pending: _Dispatched | None = None
+        self.reach(state, tokens)  # horizons added since that end with the step of one that was there
         with Prefetcher(self.read, config.data.prefetch) as batches:
             while tokens < leg.end_tokens and not self.record.all_ended:
                 if self.stopped(pending):
@@ -270,13 +287,11 @@ class _LegRun:
                 step, sequences, before = step + 1, sequences + count, tokens
                 tokens = sequences * context
                 pending = _Dispatched(step, before, tokens, metrics, measure)
-                reached = [horizon for horizon, at in leg.horizons if at == tokens]
+                reached = any(at == tokens for _, at in leg.horizons)
                 if reached or self.save_due(before, tokens):
                     self.note(pending)
                     pending = None
-                    for horizon in reached:
-                        self.evaluate(state, horizon, tokens)
-                        self.record.reached([h for other in self.group.legs for h, _ in other.horizons if h <= horizon])
+                    self.reach(state, tokens)
                     if self.save_due(before, tokens):
                         self.save(state, tokens)
                     elif reached:
@@ -287,11 +302,19 @@ class _LegRun:
             for tid in self.tids:
                 if str(horizon) not in self.record.rows.get(tid, {}):
                     self.record.add_ended_row(tid, horizon)
-        self.save(state, tokens)
+        if state is not None:
+            self.save(state, tokens)
         self.checkpoints.wait()
         self.record.at(leg.name, leg.tokens)
         self.record.write()
         return True
+
+    def reach(self, state: TrainState, tokens: int) -> None:
+        """Has every row of the horizons that end here, and ends whom they say."""
+        for horizon, at in self.leg.horizons:
+            if at == tokens:
+                self.evaluate(state, horizon, tokens)
+                self.record.reached([h for other in self.group.legs for h, _ in other.horizons if h <= horizon])
 
     def stopped(self, pending: _Dispatched | None) -> bool:
         if not self.group.stop():
@@ -311,7 +334,8 @@ class _LegRun:
                 loss_M[m] = grad_norm_M[m] = np.nan
         members = len(self.tids)
         noise_Mx3 = None
-        if pending.measured and noise_due(pending.before, pending.tokens):
+        since = max(0, pending.tokens - self.config.noise_scale.every * (pending.tokens - pending.before))  # about the last measurement
+        if pending.measured and noise_due(since, pending.tokens):
             reading = jax.device_get(pending.metrics.noise[PLAIN])
             ends = (np.asarray(x, np.float64)[:members, -1] for x in (reading.sequences, reading.low, reading.high))
             noise_Mx3 = np.stack(list(ends), axis=1) * self.config.model.context
@@ -322,14 +346,16 @@ class _LegRun:
         members = len(self.tids)
         if not self.record.missing(horizon):
             return
-        batch = batch_sequences(self.population.config)
+        config = self.population.config
+        shards = config.mesh.replica * config.mesh.fsdp if self.population.mesh is not None else 1
+        batch = max(1, batch_sequences(config) // members // shards) * shards  # all members' logits are there at a time
         if not self.record.all_ended:
             found = {
                 name: evaluate_members(self.population, state.params, held_out, batch, self.population.members)
                 for name, held_out in self.group.held_out.items()
             }
             noise = self.population.read_noise(state)
-            train_loss_M = self.curves.losses(tokens - math.ceil(tokens / 20)).mean(0)
+            train_loss_M = self.curves.last(max(1, int(np.asarray(state.step)[0]) // 20)).mean(0)
         for m in range(members):
             tid = self.tids[m]
             if tid in self.record.ended:
@@ -355,5 +381,5 @@ class _LegRun:
         self.record.at(self.leg.name, tokens - self.leg.start_tokens)
         self.record.write()
         started = time.monotonic()
-        self.checkpoints.save(tokens, state)
+        self.checkpoints.save(tokens, self.population.members_of(state, len(self.tids)))
         self.saved_tokens, self.saved_at, self.save_took = tokens, time.monotonic(), time.monotonic() - started

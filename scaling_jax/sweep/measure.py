@@ -144,9 +144,14 @@ def _forward_seconds(config: ConfigDict) -> float:
     """Of evaluating one batch, on made-up parameters; of a large model's, from a part of the batch, or of the depth."""
     config, of_all = config.copy_and_resolve_references(), 1.0
     sequences, flops = config_lib.sequences_per_batch(config), transformer_config(config).flops_per_token * config.model.context / 3
-    if flops > FORWARD_FLOPS and config.parametrization.name != "completep":
-        of_all, config.model.depth = config.model.depth, 1
-        flops /= of_all
+    if flops > FORWARD_FLOPS:
+        model, of_all = config.model, flops
+        config.parametrization.name, model.depth, model.kv_heads, model.vocab_size = "standard", 1, 0, min(model.vocab_size, 1 << 13)
+        while (flops := transformer_config(config).flops_per_token * model.context / 3) > 4 * FORWARD_FLOPS:
+            if model.width == model.head_dim:
+                break
+            model.width = max(1, model.width // 2 // model.head_dim) * model.head_dim
+        of_all /= flops
     measured = max(1, min(sequences, int(FORWARD_FLOPS / flops)))
     trainer, rng = Trainer(config), np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.uniform(0.0, 0.02, x.shape).astype(x.dtype), trainer.abstract_state.params)

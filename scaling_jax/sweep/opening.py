@@ -1,5 +1,6 @@
 """A study about to be run: its points with their data, and the directory that they go to; all that can be wrong is found here."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,25 @@ class Data:
             self._opened[key] = data
         return self._opened[key]
 
+    def fingerprint(self, values: dict[str, Any]) -> str:
+        """Of the training data and of the held-out text that points are compared on."""
+        data = self.of(values)
+        return hashlib.sha256(f"{data.fingerprint} {_compared_on(data)}".encode()).hexdigest()
+
+    def check_compared(self, points: Sequence[Point]) -> None:
+        """UserError where points are compared on different text."""
+        found = {_compared_on(self.of(point.values)): point for point in points}
+        if len(found) > 1:
+            paths = ", ".join(repr(point.values["data.path"]) for point in found.values())
+            raise UserError(
+                f"the study's grid has data of different held-out text, {paths}: points are compared on the same held-out tokens"
+            )
+
+
+def _compared_on(data: RunData) -> str:
+    name, stream = next(iter(data.domains.items()))
+    return f"{name} {stream.index.fingerprint}"
+
 
 def open_study(study: Study, directory: epath.Path | None, data: Data, compute_dtype: str | None = None) -> Opened:
     """Resolves and checks; writes nothing.
@@ -70,7 +90,8 @@ def open_study(study: Study, directory: epath.Path | None, data: Data, compute_d
     if directory is not None:
         check_directory(directory)
         plan = plan_lib.read_plan(directory)
-    points = resolve(study, lambda values: data.of(values).fingerprint, (plan and plan.compute_dtype) or compute_dtype)
+    points = resolve(study, data.fingerprint, (plan and plan.compute_dtype) or compute_dtype)
+    data.check_compared(points)
     check_lengths(points, lambda values: data.of(values).train.check_length)
     found = trajectories(points)
     undecided = plan_lib.undecided(plan, found)

@@ -71,6 +71,15 @@ def read_plan(directory: epath.PathLike) -> Plan | None:
     dicts = [name for name in names if name not in ("compute_dtype", "order")]
     if missing := [name for name in dicts if not isinstance(stored.get(name), dict)] or [name for name in names if name not in stored]:
         raise UserError(f"{path}: damaged: has no {', '.join(missing)}; restore it, or give another directory")
+    lacking = [f"settings.{name}" for name in _SETTINGS if name not in stored["settings"]]
+    lacking += [f"config.{name}" for name in FIELDS if name not in stored["base"]]
+    for name, group in stored["groups"].items():
+        sound = isinstance(group, dict) and group.keys() >= {"class", "trajectories", "horizons"} and group["class"] in stored["classes"]
+        lacking += [] if sound and all(point in stored["points"] for _, point in group["trajectories"]) else [f"what group {name} needs"]
+    if set(stored["order"]) != set(stored["groups"]):
+        lacking.append("an order of its groups")
+    if lacking:
+        raise UserError(f"{path}: damaged, or of another version: has no {', '.join(lacking[:3])}; restore it, or give another directory")
     if unknown := [name for name in stored["base"] if name not in FIELDS]:
         raise UserError(f"{path}: has config.{unknown[0]}, which is no field of this scaling_jax; give another directory")
     return Plan(**{name: stored[name] for name in names})
@@ -83,9 +92,12 @@ def write_plan(directory: epath.PathLike, plan: Plan) -> None:
 
 
 def undecided(plan: Plan | None, trajectories: Iterable[Trajectory]) -> list[str]:
-    """Keys of the classes of which no group size is decided, in the order of trajectories; those that have a group need none."""
+    """Keys of the classes of which no group size is decided, in the order of trajectories; those that have a group need none.
+
+    Where there was only one of a kind, nothing was measured: with others it is decided anew, for them.
+    """
     grouped = _grouped(plan)
-    decided = plan.classes if plan else {}
+    decided = {key for key, values in plan.classes.items() if values.get("seconds_per_step") or values["members"] > 1} if plan else set()
     return list(dict.fromkeys(t.class_key for t in trajectories if t.id not in grouped and t.class_key not in decided))
 
 

@@ -81,6 +81,30 @@ class Population:
         with jax.set_mesh(self.mesh):
             return function(*args)
 
+    def abstract_members(self, count: int) -> TrainState:
+        """The state of the first `count` members, laid out so that it can be saved and restored on any number of devices."""
+        if count == self.members:
+            return self.abstract_state
+
+        def of(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            own = NamedSharding(x.sharding.mesh, PartitionSpec(None, *x.sharding.spec[1:]))
+            return jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=own)
+
+        return jax.tree.map(of, self.abstract_state)
+
+    def members_of(self, state: TrainState, count: int) -> TrainState:
+        """The first `count` of them."""
+        return state if count == self.members else jax.tree.map(lambda x: x[:count], state)
+
+    def fill(self, state: TrainState) -> TrainState:
+        """The inverse: the last one again in every place that is left."""
+
+        def of(x: Array, abstract: jax.ShapeDtypeStruct) -> Array:
+            missing = abstract.shape[0] - x.shape[0]
+            return jax.device_put(jnp.concatenate([x, *([x[-1:]] * missing)]), abstract.sharding) if missing else x
+
+        return jax.tree.map(of, state, self.abstract_state)
+
     def init(self, configs: Sequence[ConfigDict]) -> TrainState:
         """The members' states, each that of a run of its own config, bit for bit."""
         states = [jax.tree.leaves(jax.device_get(self._init(config))) for config in configs]

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import socket
+import sys
 import threading
 from concurrent.futures import Future
 from typing import Any
@@ -47,6 +48,11 @@ class RayEngine:
             )
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise _no_cluster(address, (str(error).splitlines() or [type(error).__name__])[0]) from None
+        if what := _nowhere(ray.nodes(), {"CPU": cpus, "TPU": tpus}):
+            if address == LOCAL:
+                ray.shutdown()
+                raise UserError(f"--ray_address={address}: {what}; must have as many, or the study's cpus and tpus be fewer")
+            print(f"waiting for a node: {what} yet", file=sys.stderr)  # a cluster may grow
         options: dict[str, Any] = {"num_cpus": cpus, "max_retries": 0}
         if tpus:  # chips belong to a process until it ends
             options |= {"resources": {"TPU": tpus}, "max_calls": 1}
@@ -115,6 +121,14 @@ class RayEngine:
                 future.set_exception(WorkerLost(f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__))
         except Exception as error:
             future.set_exception(error)
+
+
+def _nowhere(nodes: list[dict[str, Any]], wanted: dict[str, int]) -> str:
+    """Which of the wanted resources no living node has all of; '' where one has."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(all(node.get(name, 0) >= count for name, count in wanted.items()) for node in alive):
+        return ""
+    return "no node has " + " and ".join(f"{count} {name}" for name, count in wanted.items() if count)
 
 
 def _check_answers(address: str) -> None:

@@ -16,6 +16,7 @@ from scaling_jax.train.evaluate import Evaluation
 
 FILE, VERSION = "group.json", 1
 FINISHED, DIVERGED, STOPPED_EARLY = "finished", "diverged", "stopped_early"
+MEND = "delete it: the group is trained again"
 _KEYS = ("state", "reason", "tokens", "total_tokens", "seconds", "rows", "ended", "legs")
 
 
@@ -33,12 +34,12 @@ class GroupRecord:
 
     def __init__(self, directory: epath.Path, trajectories: list[str], stop_after_rises: int = 0):
         self.path, self.trajectories, self.stop_after_rises = directory / FILE, trajectories, stop_after_rises
-        stored = storage.read_json(self.path)
+        stored = storage.read_json(self.path, mend=MEND)
         if stored is None:
             stored = {"version": VERSION, "state": "running", "reason": None, "tokens": 0, "total_tokens": 0, "seconds": 0.0}
             stored |= {"rows": {}, "ended": {}, "legs": {}}
         if not isinstance(stored, dict) or stored.get("version") != VERSION or not stored.keys() >= set(_KEYS):
-            raise UserError(f"{self.path}: not a record of this version of scaling_jax, {VERSION}; delete it: the group is trained again")
+            raise UserError(f"{self.path}: not a record of this version of scaling_jax, {VERSION}; {MEND}")
         self.values: dict[str, Any] = stored
         self.ended: dict[str, dict[str, Any]] = {}  # of the leg at hand: tokens, status, reason
         self._before, self._started = float(stored["seconds"]), time.monotonic()
@@ -114,12 +115,12 @@ class GroupRecord:
 
     def _stop_early(self, tid: str, horizons: Sequence[int]) -> None:
         rows = [self.rows.get(tid, {}).get(str(horizon), {}) for horizon in horizons]
-        last = [row.get("loss") for row in rows][-self.stop_after_rises - 1 :]
-        if not self.stop_after_rises or len(last) <= self.stop_after_rises or None in last:
-            return
-        if all(a < b for a, b in zip(last, last[1:], strict=False)):
-            reason = f"the held-out loss rose at {self.stop_after_rises} horizons in a row"
-            self.end(tid, rows[-1]["tokens"], STOPPED_EARLY, reason)
+        rises = self.stop_after_rises
+        for first in range(len(rows) - rises if rises else 0):  # at any of them: a decay does not go on from the one before
+            few = rows[first : first + rises + 1]
+            losses = [row.get("loss") for row in few]
+            if None not in losses and all(a < b for a, b in zip(losses, losses[1:], strict=False)):
+                self.end(tid, few[-1]["tokens"], STOPPED_EARLY, f"the held-out loss rose at {rises} horizons in a row")
 
     def write(self, state: str = "running", reason: str | None = None) -> None:
         self.values |= {"state": state, "reason": reason, "tokens": sum(self.values["legs"].values()), "seconds": round(self.seconds, 3)}

@@ -27,6 +27,7 @@ from scaling_jax.train.hosts import ALONE
 from scaling_jax.train.stopping import Stop
 
 TABLE_SECONDS = 15.0  # between two writings of the table
+SHOWN_SHARE = 0.02  # of the work that must be done before it is said how long the rest takes
 LOOK_SECONDS = 2.0  # between two looks at how far groups are
 MAX_LOSSES = 3  # of a group's worker in a row, without a new checkpoint between
 _LOOKED_AT = 64  # groups at most, each time
@@ -248,7 +249,8 @@ class _Driver:
         if self.failed:
             parts.append(f"{len(self.failed)} failed")
         weight = self._weight_done()
-        if weight > self.began:
+        total = sum(self.weights[g] for g in self.groups)
+        if weight - self.began > SHOWN_SHARE * total:  # groups say how far they are at their checkpoints only
             left = sum(self.weights[g] for g in self.groups if g not in self.failed) - weight
             parts.append(f"{clock(max(0.0, left) * seconds / (weight - self.began))} left")
         return " · ".join(parts)

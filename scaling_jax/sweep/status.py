@@ -15,7 +15,8 @@ from scaling_jax.sweep.plan import FILE as PLAN_FILE
 from scaling_jax.sweep.plan import Plan, read_plan
 
 GROUP_FILE = "group.json"
-DONE, FAILED, RUNNING, PENDING = "done", "failed", "running", "pending"
+MEND = "delete it: the group is trained again"
+DONE, FAILED, RUNNING, PENDING, STOPPED = "done", "failed", "running", "pending", "stopped"
 
 
 class GroupStatus(NamedTuple):
@@ -41,7 +42,7 @@ def group_path(directory: epath.Path, group: str) -> epath.Path:
 def group_status(directory: epath.Path, plan: Plan, group: str) -> GroupStatus:
     """What a group's record says; one that has not begun, or has horizons that were added since, is pending."""
     horizons = plan.groups[group]["horizons"]
-    stored = storage.read_json(group_path(directory, group))
+    stored = storage.read_json(group_path(directory, group), mend=MEND)
     if stored is None:
         return GroupStatus(group, PENDING, 0, horizons[-1], 0.0, None, {})
     try:
@@ -52,7 +53,7 @@ def group_status(directory: epath.Path, plan: Plan, group: str) -> GroupStatus:
         total = max(stored["total_tokens"] or 0, horizons[-1])
         return GroupStatus(group, state, stored["tokens"], total, stored["seconds"], stored["reason"], rows)
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{group_path(directory, group)}: damaged; delete it: the group is trained again") from None
+        raise UserError(f"{group_path(directory, group)}: damaged; {MEND}") from None
 
 
 def group_seconds(plan: Plan, group: str) -> float | None:
@@ -90,6 +91,7 @@ def study_status(directory: epath.PathLike) -> dict[str, Any]:
             for horizon in plan.groups[group.id]["horizons"]:
                 row = group.rows.get(tid, {}).get(str(horizon))
                 cells[row["status"] if row else FAILED if group.state == FAILED else PENDING] += 1
+    idle = storage.is_local(directory) and not in_use(directory)
     weight = weights(plan, plan.order)
     began = sum(weight[g.id] * g.fraction for g in groups)
     seconds = sum(g.seconds for g in groups)
@@ -99,7 +101,7 @@ def study_status(directory: epath.PathLike) -> dict[str, Any]:
         "in_use": in_use(directory),
         "points": len(plan.points),
         "cells": dict(cells),
-        "groups": dict(Counter(g.state for g in groups)),
+        "groups": dict(Counter(STOPPED if g.state == RUNNING and idle else g.state for g in groups)),
         "flops": sum(plan.group_flops(g) for g in plan.order),
         "flops_done": sum(plan.group_flops(g.id) * g.fraction for g in groups),
         "seconds": round(seconds, 1),  # of all groups, one after the other

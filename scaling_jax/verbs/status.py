@@ -3,8 +3,8 @@
 import json
 
 from absl import flags
-from etils import epath
 
+from scaling_jax import storage
 from scaling_jax.errors import UserError
 from scaling_jax.verbs.common import Verb
 
@@ -22,7 +22,7 @@ def _run(values: flags.FlagValues) -> int:
 
     if not values.workdir:
         raise UserError("DIR is missing: scaling-jax status DIR, the work directory of a study or a run")
-    directory = epath.Path(values.workdir)
+    directory = storage.directory("--workdir", values.workdir)
     if (directory / PLAN_FILE).exists():
         status, text = study_status(directory), status_text
     elif (directory / RUN_FILE).exists():

@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from absl import flags
-from etils import epath
 
+from scaling_jax import storage
 from scaling_jax.console import LiveLine
 from scaling_jax.errors import UserError
 from scaling_jax.process import has_accelerator
@@ -76,7 +76,7 @@ def _dry_run(study: Study, values: flags.FlagValues) -> int:
         from scaling_jax.sweep.measure import estimate
         from scaling_jax.sweep.opening import Data, open_study, work
 
-    directory = epath.Path(values.workdir) if values.workdir else None
+    directory = storage.directory("--workdir", values.workdir) if values.workdir else None
     opened = open_study(study, directory, Data(verify=False))
     estimates = {} if study.tpus else estimate(work(opened), ESTIMATE_SECONDS)
     workers = _workers(values, study) if values.engine == "local" else 1  # a cluster says how many only once it is asked
@@ -89,12 +89,14 @@ def _sweep(study: Study, values: flags.FlagValues) -> int:
         from scaling_jax.report.sweep import outcome_text
         from scaling_jax.sweep.run import Stopped, sweep
 
+    directory = storage.directory("--workdir", values.workdir)
     try:
-        outcome = sweep(study, values.workdir, functools.partial(_engine, values, study), LiveLine(10))
+        outcome = sweep(study, directory, functools.partial(_engine, values, study), LiveLine(10))
     except Stopped as stopped:
-        print("interrupted, saved; the same command continues", file=sys.stderr)
+        saved = "saved" if directory.exists() else "nothing to save yet"
+        print(f"interrupted, {saved}; the same command continues", file=sys.stderr)
         return 128 + stopped.args[0]
-    print(outcome_text(outcome.table, outcome.failed, epath.Path(values.workdir) / "results.parquet"))
+    print(outcome_text(outcome.table, outcome.failed, directory / "results.parquet"))
     return 1 if outcome.failed else 0
 
 

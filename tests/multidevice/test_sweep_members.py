@@ -57,9 +57,12 @@ def test_numbers_do_not_depend_on_the_mesh(on_one_device, shape, accumulation):
     assert all(x.sharding.spec[0] == "member" for x in jax.tree.leaves(state))
 
 
-def test_a_group_that_does_not_fill_the_devices_is_padded(tmp_path):
-    study = small_study(grid.over("optimizer.lr", [2.0**-8, 2.0**-7, 2.0**-6]), horizons=(640,), noise_scale__every=0)
-    plan = planned(tmp_path, study)
+def test_a_group_that_does_not_fill_the_devices_is_padded_and_goes_on_on_another_mesh(tmp_path):
+    lrs = grid.over("optimizer.lr", [2.0**-8, 2.0**-7, 2.0**-6])
+    plan = planned(tmp_path, small_study(lrs, horizons=(640,), noise_scale__every=0))
+    asked = iter([False, False])
+    assert group.run_group(tmp_path, plan.order[0], lambda: next(asked, True)) == ("stopped", None)
+    plan = planned(tmp_path, small_study(lrs, horizons=(640,), noise_scale__every=0, mesh__fsdp=8))  # three members where there were eight
     assert group.run_group(tmp_path, plan.order[0]) == ("done", None)
     rows = json.loads((group.group_directory(tmp_path, plan.order[0]) / "group.json").read_text())["rows"]
     assert rows.keys() == plan.points.keys()
