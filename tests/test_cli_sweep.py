@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from test_cli import snapshot
-from test_sweep_run import kills
+from test_sweep_run import FakeEngine, kills
 
 from scaling_jax import results
 from scaling_jax.cli import main
@@ -167,3 +168,64 @@ def test_status_does_not_start_jax(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"config": {"train": {"tokens": 1000}}, "identity": {}}))
     code = "import sys; from scaling_jax.cli import main; main(sys.argv[1:]); sys.exit(any(m in sys.modules for m in ('jax', 'pandas')))"
     subprocess.run([sys.executable, "-c", code, "status", str(tmp_path)], check=True)
+
+
+def test_a_failed_group_is_named_and_is_exit_code_1(study_file: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    fails = FakeEngine(tmp_path / "s", lambda group: {"state": "failed", "reason": "why not"})
+    monkeypatch.setattr("scaling_jax.verbs.sweep._engine", lambda *_: fails)
+    assert main(["sweep", f"--config={study_file}", f"--workdir={tmp_path / 's'}"]) == 1
+    assert "why not" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("workdir", ["nowhere://bucket/study", "a\0b"])
+@pytest.mark.parametrize("verb", [["sweep", "--config=FILE"], ["status"]])
+def test_what_can_be_no_directory_is_refused(study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb, workdir: str):
+    argv = [arg.replace("FILE", str(study_file)) for arg in verb]
+    refuses(capsys, tmp_path, [*argv, f"--workdir={workdir}"], f"--workdir={workdir!r}: must be a directory")
+
+
+def written(folder: Path, texts: dict[str, list[str]]) -> Path:
+    """A directory of tokens with train/ and whatever else `texts` has."""
+    for name, documents in texts.items():
+        source = folder.with_name(f"{folder.name}_{name}.jsonl")
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        assert main(["tokenize", f"--input={source}", f"--out={folder / name}", "--holdout_every=0"]) == 0
+    return folder
+
+
+def test_points_are_compared_on_the_same_held_out_text(study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train = ["abcdefgh " * 400, "hgfedcba " * 400]
+    without, one, other = tmp_path / "without", tmp_path / "one", tmp_path / "other"
+    written(without, {"train": train})
+    written(one, {"train": train, "heldout": ["abc " * 400]})
+    written(other, {"train": train, "heldout": ["cba " * 400]})
+    command = ["sweep", f"--config={study_file}", f"--workdir={tmp_path / 's'}"]
+    refuses(capsys, tmp_path, [*command, f"--config.data.path={without}"], "has no held-out domain")
+    both = tmp_path / "both.py"
+    both.write_text(STUDY.replace('grid.over("train.batch_tokens", (64, 128))', f'grid.over("data.path", ({str(one)!r}, {str(other)!r}))'))
+    refuses(
+        capsys, tmp_path, ["sweep", f"--config={both}", f"--workdir={tmp_path / 's'}"], "of different held-out text", str(one), str(other)
+    )
+    assert main(["sweep", f"--config={study_file}", "--dry_run", f"--config.data.path={one}"]) == 0
+
+
+def test_held_out_text_that_changed_is_another_study(study_file: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    folder = written(tmp_path / "data", {"train": ["abcdefgh " * 800], "heldout": ["abc " * 400]})
+    engine = FakeEngine(tmp_path / "s")
+    monkeypatch.setattr("scaling_jax.verbs.sweep._engine", lambda *_: engine)
+    command = ["sweep", f"--config={study_file}", f"--workdir={tmp_path / 's'}", f"--config.data.path={folder}"]
+    assert main(command) == 0
+    shutil.rmtree(folder / "heldout")
+    written(folder, {"heldout": ["cba " * 400]})
+    refuses(capsys, tmp_path / "s", command, "holds other data than the study was begun with")
+
+
+def test_a_damaged_shard_is_found_before_anything_is_trained(study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = written(tmp_path / "data", {"train": ["abcdefgh " * 800], "heldout": ["abc " * 400]})
+    shard = max((path for path in (folder / "train").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(bytes(content))
+    refuses(
+        capsys, tmp_path, ["sweep", f"--config={study_file}", f"--workdir={tmp_path / 's'}", f"--config.data.path={folder}"], str(shard)
+    )

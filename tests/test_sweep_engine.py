@@ -139,3 +139,16 @@ def test_stop_amid_a_measurement_is_no_loss(make: Callable[..., LocalEngine], tm
 def test_workers_are_as_many_as_have_their_cpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)))
     assert [default_workers(cpus) for cpus in (1, 2, 3, 8)] == [7, 3, 2, 1]
+
+
+def test_what_a_worker_prints_before_its_answers_is_no_answer(make: Callable[..., LocalEngine], tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text("print('hello there')")
+    with pytest.raises(WorkerLost, match="it printed 'hello there' where its answer should be"):
+        make().submit({"do": "other"}).result(20)
+
+
+def test_files_of_the_working_directory_are_no_modules(make: Callable[..., LocalEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "tempfile.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path / "here")
+    assert make().submit({"do": "other"}).result(20)["pid"]

@@ -206,3 +206,32 @@ def test_a_plan_of_ten_thousand_points_is_quickly_made(tmp_path):
     write_plan(tmp_path, plan)
     assert read_plan(tmp_path) == plan and len(plan.groups) == 625
     assert time.process_time() - begun < 4.5
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stored: stored["settings"].pop("stop_after_rises"),
+        lambda stored: next(iter(stored["groups"].values())).pop("class"),
+        lambda stored: stored["order"].append("unknown"),
+        lambda stored: stored["base"].pop("optimizer.b2"),
+        lambda stored: stored["points"].clear(),
+    ],
+)
+def test_a_plan_that_lacks_something_is_refused(tmp_path, damage):
+    plan, _ = commanded(None, study(over_lr(0.1, 0.3)), members=2)
+    write_plan(tmp_path, plan)
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    damage(stored)
+    (tmp_path / "plan.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="plan.json: damaged, or of another version"):
+        read_plan(tmp_path)
+
+
+def test_a_class_of_which_there_was_one_is_decided_anew_with_others():
+    plan, _ = commanded(None, study(over_lr(0.1)), members=1)
+    later = study(over_lr(0.1, 0.2, 0.3))
+    found = trajectories(resolve(later, lambda values: DATA["sotu"]))
+    assert undecided(plan, found) == [found[0].class_key]
+    more = extend(plan, later, resolve(later, lambda values: DATA["sotu"]), found, {found[0].class_key: {"members": 2}})
+    assert sorted(len(group["trajectories"]) for group in more.groups.values()) == [1, 2]

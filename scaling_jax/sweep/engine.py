@@ -49,7 +49,7 @@ class LocalEngine:
 
     def __init__(self, workers: int, cpus: int = 1, module: str = WORKER):
         """`cpus`: threads of each; `module`: what a process runs, which calls `worker.serve`."""
-        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
+        path = os.pathsep.join(filter(None, [*os.environ.get("PYTHONPATH", "").split(os.pathsep), *sys.path]))
         self._environment = os.environ | {"PJRT_NPROC": str(cpus), "OMP_NUM_THREADS": str(cpus), "PYTHONPATH": path}
         self._module = module
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
