@@ -41,9 +41,9 @@ def worker_start(chips: int, head: str) -> str:
 
 
 def submit(command: list[str], chips: int) -> str:
-    """Shell text, for the head, that submits a command to run where so many chips are free."""
-    resources = shlex.quote(json.dumps({"TPU": chips}))
-    return f"cd {hosts.ROOT}/source && {RAY} job submit {JOBS} --no-wait --entrypoint-resources={resources} -- {shlex.join(command)}\n"
+    """Shell text, for the head, that submits a command to run where so many chips are free; one of no chips runs at once."""
+    needs = f"--entrypoint-resources={shlex.quote(json.dumps({'TPU': chips}))}" if chips else "--entrypoint-num-cpus=1"
+    return f"cd {hosts.ROOT}/source && {RAY} job submit {JOBS} --no-wait {needs} -- {shlex.join(command)}\n"
 
 
 def _node_flags(chips: int) -> str:
@@ -114,8 +114,8 @@ def _status(args: argparse.Namespace) -> int:
 def _submit(args: argparse.Namespace) -> int:
     topology = _topology(args)
     chips = topology.slice_chips if args.chips is None else args.chips
-    if chips not in (1, 2, 4, 8) or chips > topology.slice_chips:
-        raise UserError(f"--chips={chips}: must be 1, 2, 4 or 8, and at most the {topology.slice_chips} of a host of {topology.name}")
+    if chips not in (0, 1, 2, 4, 8) or chips > topology.slice_chips:
+        raise UserError(f"--chips={chips}: must be 0, 1, 2, 4 or 8, and at most the {topology.slice_chips} of a host of {topology.name}")
     command = [*(_HALF_HOST if (chips, topology.slice_chips) == (4, 8) else []), *args.command]
     common.run(queued.ssh(args, _names(args)[0], submit(command, chips), "0", "0"), args.dry_run)
     return 0
@@ -174,7 +174,11 @@ def _define_up(parser: argparse.ArgumentParser) -> None:
 
 def _define_submit(parser: argparse.ArgumentParser) -> None:
     _define(parser)
-    parser.add_argument("--chips", type=int, help="chips of one host that the command takes; by default all")
+    parser.add_argument(
+        "--chips",
+        type=int,
+        help="chips of one host that the command takes, by default all; 0 for a sweep, whose groups take them",
+    )
 
 
 def _define_job(parser: argparse.ArgumentParser) -> None:

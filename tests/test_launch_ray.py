@@ -131,13 +131,15 @@ def test_a_command_is_submitted_intact_for_so_many_chips(cloud):
     assert ray(cloud, "up", *INSTALL).returncode == 0
     assert ray(cloud, "submit", "--chips=4", "--", "scaling-jax", "train", *NASTY).returncode == 0
     assert ray(cloud, "submit", "--", "true").returncode == 0
-    four, whole = (arguments for arguments, *_ in calls_of_ray(cloud)[-2:])
+    assert ray(cloud, "submit", "--chips=0", "--", "true").returncode == 0
+    four, whole, none = (arguments for arguments, *_ in calls_of_ray(cloud)[-3:])
     assert four[:4] == ["job", "submit", "--address=http://127.0.0.1:8265", "--no-wait"]
     half = ["env", "TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1", "TPU_PROCESS_BOUNDS=1,1,1"]  # of a host of 8
     assert four[4:] == ['--entrypoint-resources={"TPU": 4}', "--", *half, "scaling-jax", "train", *NASTY]
     assert whole[4:] == ['--entrypoint-resources={"TPU": 8}', "--", "true"]
+    assert none[4:] == ["--entrypoint-num-cpus=1", "--", "true"]
     assert not list(cloud.root.rglob("never"))
-    assert [call[4] for call in cloud.calls()][-2:] == ["sweep-0", "sweep-0"]
+    assert [call[4] for call in cloud.calls()][-3:] == ["sweep-0"] * 3
 
 
 def test_down_deletes_every_host(cloud):
@@ -161,7 +163,7 @@ def test_a_dry_run_prints_and_does_nothing(cloud):
         (["up", *PLACE, *INSTALL, "--topology=v5e:4x4"], "must be of one host, such as v5e:2x4"),
         (["up", *PLACE, *INSTALL, "--topology=v5p:2x2x2"], "must be of one host"),
         (["up", *PLACE, *INSTALL, "--slices=0"], "slices is 0"),
-        (["submit", *PLACE, "--chips=3", "--", "true"], "must be 1, 2, 4 or 8"),
+        (["submit", *PLACE, "--chips=3", "--", "true"], "must be 0, 1, 2, 4 or 8"),
         (["submit", *PLACE, "--topology=v5e:2x2", "--chips=8", "--", "true"], "at most the 4"),
         (["status", *PLACE, "--slices=1001"], "--slices=1001: must be from 1 to 1000"),
         (["up", *PLACE, *INSTALL, "--timeout_seconds=nan"], "--timeout_seconds: must be positive"),
