@@ -63,6 +63,8 @@ def small(command):
     if "scaling-jax compile" in command:
         smaller = {"model.width": 256, "model.depth": 2, "model.vocab_size": 512, "model.context": 256, "train.batch_tokens": 1 << 15}
         return command.replace("find_compiled=2", "find_compiled=1") + "".join(f" --config.{n}={value}" for n, value in smaller.items())
+    if "scaling-jax sweep" in command:
+        return command + " --config.noise_scale.every=0"
     if "scaling-jax coord-check" in command:
         smaller = re.sub(r"--widths=\S+", "--widths=32,64,128", command)
         return smaller + " --config.model.head_dim=8 --config.model.context=16 --batch_tokens=256 --steps=5"

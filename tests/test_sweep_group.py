@@ -245,13 +245,11 @@ def test_a_course_that_is_begun_anew_and_killed_is_finished(tmp_path, monkeypatc
 
 
 def test_members_of_all_kinds_are_runs_of_their_own(tmp_path):
-    """Two seeds, stages of the batch, a further domain, noise in both metrics at every other step, horizons within a step."""
+    """Two seeds, a further domain, noise in both metrics at every other step, horizons within a step."""
     other = open_run_data(small_study().base).domains["heldout"].directory
     study = small_study(
         grid.zip(grid.over("train.seed", [3, 4]), grid.over("optimizer.lr", [2.0**-7, 2.0**-6])),
         (600, 2500),
-        batch__schedule="stages",
-        batch__stages=("1000=256",),
         noise_scale__every=2,
         noise_scale__preconditioned=True,
         data__eval_domains=(f"again={other}",),
@@ -259,17 +257,28 @@ def test_members_of_all_kinds_are_runs_of_their_own(tmp_path):
     plan = planned(tmp_path, study)
     (group_id,) = plan.order
     assert run_group(tmp_path, group_id) == ("done", None)
-    for point_id, found in rows(tmp_path, plan).items():
-        summary = train(plan.config(point_id, 2500), tmp_path / point_id)
-        row = found[2500]
-        assert row["tokens"] == summary["tokens"]
-        prefixed = {f"{prefix}noise_scale_tokens{end}" for prefix in ("", "preconditioned_") for end in ("", "_low", "_high")}
-        names = {name: name for name in prefixed} | {"loss": "eval/heldout/loss", "loss_again": "eval/again/loss",
-                                                      "loss_again_stderr": "eval/again/loss_se"}  # fmt: skip
-        for ours, theirs in names.items():
-            expected = summary[theirs]
-            if expected is not None:  # no interval yet
-                expected = pytest.approx(expected, rel=2e-3 if "preconditioned" in ours else 1e-5)
-            assert row[ours] == expected, ours
-        assert row["loss_again"] == row["loss"]
+    *_, (point_id, found) = rows(tmp_path, plan).items()
+    summary = train(plan.config(point_id, 2500), tmp_path / point_id)
+    row = found[2500]
+    assert row["tokens"] == summary["tokens"]
+    prefixed = {f"{prefix}noise_scale_tokens{end}" for prefix in ("", "preconditioned_") for end in ("", "_low", "_high")}
+    names = {name: name for name in prefixed} | {"loss": "eval/heldout/loss", "loss_again": "eval/again/loss",
+                                                  "loss_again_stderr": "eval/again/loss_se"}  # fmt: skip
+    for ours, theirs in names.items():
+        expected = summary[theirs]
+        if expected is not None:  # no interval yet
+            expected = pytest.approx(expected, rel=2e-3 if "preconditioned" in ours else 1e-5)
+        assert row[ours] == expected, ours
+    assert row["loss_again"] == row["loss"]
     assert len(curve(tmp_path, group_id)["noise_tokens_K"]) == len(curve(tmp_path, group_id)["step_S"]) // 2  # all, while tokens are few
+
+
+def test_stages_of_the_batch_are_those_of_a_run(tmp_path):
+    study = small_study(horizons=(600, 2500), batch__schedule="stages", batch__stages=("1000=256",), noise_scale__every=0)
+    plan = planned(tmp_path, study)
+    assert run_group(tmp_path, plan.order[0]) == ("done", None)
+    *_, (point_id, found) = rows(tmp_path, plan).items()
+    summary = train(plan.config(point_id, 2500), tmp_path / point_id)
+    assert found[2500]["tokens"] == summary["tokens"] == 1024 + 6 * 256
+    assert found[2500]["loss"] == pytest.approx(summary["eval/heldout/loss"], rel=1e-5)
+    assert len(curve(tmp_path, plan.order[0])["step_S"]) == summary["steps"] == 14
