@@ -97,7 +97,7 @@ def load(path: epath.PathLike, columns: Mapping[str, str] | None = None, require
       path: local, or of a bucket.
       columns: for each name of ours the one that it has there, {'params': 'Model Size'}; the other columns keep their names, but for those
         that go by a name of ours which is mapped to another.
-      required: columns that the caller cannot do without.
+      required: columns that the caller cannot do without; params, tokens and loss where a file has none of ours at all.
 
     Returns:
       A row for each point and horizon, or for each row of the file. Where a file has `params` and `flops` but no `tokens`, these are
@@ -122,7 +122,10 @@ def load(path: epath.PathLike, columns: Mapping[str, str] | None = None, require
     if "tokens" not in table and {"params", "flops"} <= {*table.columns}:
         table["tokens"] = table["flops"] / (6 * table["params"])
         attrs = attrs | {"derived": {"tokens": "flops / (6 params)"}}
-    if missing := [name for name in dict.fromkeys(required) if name not in table]:
+    required = list(dict.fromkeys(required))
+    if not any(name in COLUMNS for name in table.columns):  # of no use to anybody who knows our names
+        required = required or ["params", "tokens", "loss"]
+    if missing := [name for name in required if name not in table]:
         mapping = ", ".join(f"{name!r}: 'NAME'" for name in missing)
         raise UserError(f"{path}: has no {', '.join(missing)}; give columns={{{mapping}}} with the names there: {_names(table.columns)}")
     table.attrs = attrs

@@ -292,3 +292,11 @@ def test_public_data_load(name):
 
 def test_the_table_is_read_without_jax():
     assert subprocess.run([sys.executable, "-c", "import sys, scaling_jax.results; sys.exit('jax' in sys.modules)"]).returncode == 0
+
+
+def test_a_file_with_no_column_of_ours_is_told_what_to_map(tmp_path):
+    (tmp_path / "theirs.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="theirs.csv: .*params, tokens, loss.*columns="):
+        results.load(tmp_path / "theirs.csv")
+    (tmp_path / "some.csv").write_text("a,lr\n1,2\n")
+    assert results.load(tmp_path / "some.csv")["lr"].tolist() == [2]

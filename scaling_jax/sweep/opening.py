@@ -95,7 +95,10 @@ def open_study(study: Study, directory: epath.Path | None, data: Data, compute_d
     check_lengths(points, lambda values: data.of(values).train.check_length)
     found = trajectories(points)
     undecided = plan_lib.undecided(plan, found)
-    provisional = plan_lib.extend(plan, study, points, found, {key: {"members": study.max_members} for key in undecided})
+    try:
+        provisional = plan_lib.extend(plan, study, points, found, {key: {"members": study.max_members} for key in undecided})
+    except UserError as error:
+        raise UserError(str(error).replace("--workdir:", f"--workdir={directory}:", 1)) from None
     return Opened(study, points, found, plan, provisional, undecided)
 
 
