@@ -56,10 +56,7 @@ def load(spec: str) -> ConfigDict:
     Raises:
       UserError: there is no such file, its code fails (the line is named), or it returns no ConfigDict.
     """
-    path, *argument = spec.split(":", 1)
-    if not Path(path).is_file():
-        seen_from = "" if Path(path).is_absolute() else f", seen from {Path.cwd()}"
-        raise UserError(f"--config={path}: {'is a directory' if Path(path).is_dir() else 'no such file'}{seen_from}")
+    path, argument = file_of(spec)
     try:
         names = runpy.run_path(path, run_name="scaling_jax_config")
         get_config = names.get("get_config")
@@ -78,6 +75,15 @@ def load(spec: str) -> ConfigDict:
         kind = type(config).__name__
         raise UserError(f"--config={path}: get_config() returned {kind}; must return a changed scaling_jax.config.default_config()")
     return config
+
+
+def file_of(spec: str) -> tuple[str, list[str]]:
+    """The file of 'FILE' or 'FILE:text', and the text if there is one; UserError where there is no such file."""
+    path, *argument = spec.split(":", 1)
+    if not Path(path).is_file():
+        seen_from = "" if Path(path).is_absolute() else f", seen from {Path.cwd()}"
+        raise UserError(f"--config={path}: {'is a directory' if Path(path).is_dir() else 'no such file'}{seen_from}")
+    return path, argument
 
 
 def line_in(path: str, error: BaseException) -> str:

@@ -20,8 +20,9 @@ def directory(flag: str, text: str) -> epath.Path:
     """What a flag names, of a file system or a bucket; UserError where it can be neither, or the bucket's package is not installed."""
     try:
         path = epath.Path(text)
-        if path.exists() is False and "\0" in text:  # which no file system takes
+        if "\0" in text:  # which no file system takes
             raise ValueError("embedded null byte")
+        path.exists()
     except (ImportError, KeyError, ValueError, NotImplementedError) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         needed = "; pip install 'scaling_jax[gcs]' or 'scaling_jax[s3]'" if isinstance(error, ImportError) else ""

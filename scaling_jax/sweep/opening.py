@@ -12,9 +12,7 @@ from scaling_jax.errors import UserError
 from scaling_jax.sweep import plan as plan_lib
 from scaling_jax.sweep.claim import check_directory
 from scaling_jax.sweep.plan import Plan
-from scaling_jax.sweep.study import Point, Study, Trajectory, check_lengths, data_key, resolve, trajectories
-
-_READ = [*(name for name in config_lib.FIELDS if name.startswith("data.")), "model.context", "model.vocab_size", "eval.tokens"]
+from scaling_jax.sweep.study import DATA, Point, Study, Trajectory, check_lengths, data_key, resolve, trajectories
 
 
 class Opened(NamedTuple):
@@ -40,7 +38,7 @@ class Data:
         key = data_key(values)
         if key not in self._opened:
             config = config_lib.default_config()
-            for name in _READ:
+            for name in DATA:
                 section, field = name.split(".")
                 value = values[name]
                 config[section][field] = tuple(value) if isinstance(value, list) else value

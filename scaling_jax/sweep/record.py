@@ -12,11 +12,12 @@ from etils import epath
 
 from scaling_jax import storage
 from scaling_jax.errors import UserError
+from scaling_jax.sweep.status import GROUP_FILE as FILE
+from scaling_jax.sweep.status import MEND
 from scaling_jax.train.evaluate import Evaluation
 
-FILE, VERSION = "group.json", 1
+VERSION = 1
 FINISHED, DIVERGED, STOPPED_EARLY = "finished", "diverged", "stopped_early"
-MEND = "delete it: the group is trained again"
 _KEYS = ("state", "reason", "tokens", "total_tokens", "seconds", "rows", "ended", "legs")
 
 

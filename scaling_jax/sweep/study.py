@@ -13,7 +13,6 @@ import math
 import operator
 import runpy
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -34,8 +33,8 @@ _IDENTITY = sorted(name for name, field in FIELDS.items() if not field.execution
 _PROGRAM = ["train.accumulation", "model.remat", "model.attention", "model.loss_chunk_tokens", "eval.batch_sequences"]
 _PROGRAM += [name for name in FIELDS if name.startswith("mesh.")] + ["data.path", "data.tokenizer", "data.eval_domains"]
 _CLASS = sorted({*_IDENTITY, *_PROGRAM} - {*VALUES})
-_DATA = [*(name for name in FIELDS if name.startswith("data.")), "model.context", "model.vocab_size", "eval.tokens"]
-_class_values, _data_values = operator.itemgetter(*_CLASS), operator.itemgetter(*_DATA)
+DATA = [*(name for name in FIELDS if name.startswith("data.")), "model.context", "model.vocab_size", "eval.tokens"]
+_class_values, _data_values = operator.itemgetter(*_CLASS), operator.itemgetter(*DATA)
 _canonical = json.JSONEncoder(sort_keys=True).encode
 
 
@@ -85,10 +84,7 @@ def load_study(spec: str, overrides: Mapping[str, Any] | None = None) -> Study:
       UserError: there is no such file, its code fails (the line is named), it returns no Study; or an override is of a field that the
         study sets itself.
     """
-    path, *argument = spec.split(":", 1)
-    if not Path(path).is_file():
-        seen_from = "" if Path(path).is_absolute() else f", seen from {Path.cwd()}"
-        raise UserError(f"--config={path}: {'is a directory' if Path(path).is_dir() else 'no such file'}{seen_from}")
+    path, argument = config_lib.file_of(spec)
     try:
         names = runpy.run_path(path, run_name="scaling_jax_config")
         get_study = names.get("get_study")
