@@ -93,7 +93,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_writes_nothing(study_file: Path,
     assert re.search(r"^points +6, 12 cells", out, re.MULTILINE)
     assert re.search(r"^trajectories +6 in at least 4 groups$", out, re.MULTILINE)
     assert re.search(rf"^tokens +{6 * 4096:,}$", out, re.MULTILINE)
-    assert re.search(r"^time +about \d+:\d\d:\d\d with 2 at a time$", out, re.MULTILINE)
+    assert re.search(r"^time +about \d+:\d\d:\d\d with 2 at a time, besides starting and compiling$", out, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
     assert main(["sweep", f"--config={study_file}", "--dry_run", "--config.model.width=32"]) == 0  # no directory needed
     assert "32 x 1" in capsys.readouterr().out

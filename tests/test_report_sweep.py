@@ -64,7 +64,7 @@ def test_a_dry_run_counts_what_is_to_be_trained():
     assert row(text, "trajectories") == "6 in at least 4 groups"
     assert row(text, "tokens") == "12,288"
     assert float(row(text, "FLOPs")) >= 12_288 * 6 * n and float(row(text, "FLOPs")) <= 12_288 * 2 * flops
-    assert row(text, "time") == "about 0:00:30 with 2 at a time"
+    assert row(text, "time") == "about 0:00:30 with 2 at a time, besides starting and compiling"
     assert "there already" not in text
 
 
@@ -89,7 +89,7 @@ def test_what_is_there_already_is_said_and_its_time_is_the_plans(tmp_path: Path)
     assert row(text, "trajectories") == "6 in 4 groups"
     # Of each batch a group of one and one of two members, a step of which takes half of 0.6 s, and 0.6 s.
     seconds = (2048 / 64 + 2048 / 128) * (0.3 + 0.6)
-    assert row(text, "time") == f"about {clock(seconds / 2)} with 2 at a time"
+    assert row(text, "time") == f"about {clock(seconds / 2)} with 2 at a time, besides starting and compiling"
 
 
 def test_status_counts_cells_and_names_what_failed(tmp_path: Path):

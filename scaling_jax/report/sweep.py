@@ -58,7 +58,7 @@ def dry_run_text(opened: "Opened", directory: Any, estimates: Mapping[str, float
     ]
     if known:
         spared = "" if len(known) == len(rows) else f", without {len(rows) - len(known)} classes that were not measured"
-        text.append(f"{'time':<24}about {clock(sum(known) / workers)} with {workers} at a time{spared}")
+        text.append(f"{'time':<24}about {clock(sum(known) / workers)} with {workers} at a time, besides starting and compiling{spared}")
     if opened.plan is not None:
         text.append(f"{'there already':<24}{_there(opened, directory)}")
     return "\n".join(text)
