@@ -8,8 +8,8 @@ from helpers import small_config
 
 from scaling_jax import batch_schedule
 from scaling_jax.errors import UserError
-from scaling_jax.laws.fit import PowerLaw
 from scaling_jax.laws.law_file import write_law
+from scaling_jax.laws.power_law import PowerLaw
 from scaling_jax.train.batch_size import KEY, BatchSize, Followed, microbatches, replay
 
 STEP = 128  # tokens of a step at the start

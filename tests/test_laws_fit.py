@@ -1,144 +1,174 @@
-"""Planted power laws and other forms: the fit finds them, and its interval is the right size."""
+"""The engine: against scipy's minimizers, closed forms, published fits, and laws that were planted."""
+
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+from jax import numpy as jnp
 
-from scaling_jax.laws.fit import least_squares, power_law
+from scaling_jax.errors import UserError
+from scaling_jax.laws.descent import descend
+from scaling_jax.laws.fit import fit
+from scaling_jax.laws.form import Form, Parameter
+from scaling_jax.laws.observations import Observations
 
+SHARED = Path(__file__).parents[1] / os.environ.get("SCALING_JAX_SHARED", "../shared")
 
-def planted(rng, exponent, sd, points=12, claimed_sd=None):
-    """x, y, low, high with log-normal errors `sd`; the intervals claim `claimed_sd`."""
-    x = np.geomspace(1e4, 1e7, points)
-    y = 3.0 * x**exponent * np.exp(rng.normal(size=points) * sd)
-    half = 1.959963985 * np.broadcast_to(sd if claimed_sd is None else claimed_sd, points)
-    return x, y, y * np.exp(-half), y * np.exp(half)
-
-
-def test_exact_law():
-    x, y, low, high = planted(np.random.default_rng(0), 0.6, 0.0, claimed_sd=0.1)
-    law = power_law(x, y, low, high)
-    assert law.exponent == pytest.approx(0.6, abs=1e-12)
-    assert law.log_scale == pytest.approx(np.log(3.0), abs=1e-10)
-    assert law.points == 12
-    np.testing.assert_allclose(law(x), y, rtol=1e-10)
-
-
-def test_equals_numpy_and_scipy():
-    optimize = pytest.importorskip("scipy.optimize")
-    rng = np.random.default_rng(1)
-    sd = rng.uniform(0.05, 0.5, 12)
-    x, y, low, high = planted(rng, 0.4, sd)
-    law = power_law(x, y, low, high)
-    slope, intercept = np.polyfit(np.log(x), np.log(y), 1, w=1 / sd)
-    assert (law.exponent, law.log_scale) == pytest.approx((slope, intercept), rel=1e-9)
-    _, covariance = optimize.curve_fit(lambda u, a, b: a + b * u, np.log(x), np.log(y), sigma=sd, absolute_sigma=True)
-    _, scaled = optimize.curve_fit(lambda u, a, b: a + b * u, np.log(x), np.log(y), sigma=sd, absolute_sigma=False)
-    assert law.exponent_se == pytest.approx(np.sqrt(max(covariance[1, 1], scaled[1, 1])), rel=1e-5)
+LINE = Form(
+    "line",
+    "ln y = ln c + p·ln t",
+    "test",
+    "y",
+    ("t",),
+    (Parameter("c", "", "scale", "log", 1e-9, 1e9, (1.0,)), Parameter("p", "", "exponent", "plain", -5, 5, (0.0,))),
+    lambda v, x: jnp.log(v["c"]) + v["p"] * jnp.log(x["t"]),
+    huber_delta=1e3,
+)
+BEND = Form(
+    "bend",
+    "c·t / (t + k)",
+    "test",
+    "y",
+    ("t",),
+    (Parameter("c", "", "plateau", "log", 1e-9, 1e9, (1.0, 1e3)), Parameter("k", "", "bend", "log", 1e-6, 1e6, (1.0, 1e3))),
+    lambda v, x: jnp.log(v["c"]) + jnp.log(x["t"] / (x["t"] + v["k"])),
+    huber_delta=1e-3,
+)
 
 
-@pytest.mark.parametrize("claimed, lowest", [(1.0, 0.93), (0.25, 0.88)])
-def test_interval_covers_the_truth(claimed, lowest):
-    # With honest intervals the larger of two standard errors covers a little more than 95%. With intervals four times too narrow the
-    # scatter alone sets it, and 1.96 in place of Student's t with 10 degrees of freedom covers about 92%.
-    rng = np.random.default_rng(2)
-    sd = np.geomspace(0.05, 0.3, 12)
-    laws = [power_law(*planted(rng, 0.5, sd, claimed_sd=claimed * sd)) for _ in range(600)]
-    covered = np.mean([abs(law.exponent - 0.5) < 1.96 * law.exponent_se for law in laws])
-    assert lowest < covered < 0.99
+def planted(form, truth, t, sd, rng, clusters=None):
+    y = form.predict(truth, {"t": t}) * np.exp(sd * rng.normal(size=len(t)))
+    return Observations({"t": t}, y, np.arange(len(t)) if clusters is None else clusters, "planted")
 
 
-def test_unusable_points_are_left_out():
-    x, y, low, high = planted(np.random.default_rng(3), 0.6, 0.1)
-    whole = power_law(x[5:], y[5:], low[5:], high[5:])
-    y[0], low[1], high[2], low[3], high[4] = np.nan, 0.0, np.inf, -1.0, low[4]
-    assert power_law(x, y, low, high) == whole
-    assert whole.points == 7
-
-
-def test_too_few_points():
-    x, y, low, high = planted(np.random.default_rng(4), 0.6, 0.1, points=3)
-    assert power_law(x, y, low, high).points == 3
-    high[0] = np.inf
-    assert power_law(x, y, low, high) is None
-    assert power_law([], [], [], []) is None
-    assert power_law([5.0] * 4, [1.0] * 4, [0.9] * 4, [1.1] * 4) is None  # no slope through one x
-
-
-def test_different_lengths_are_refused():
-    with pytest.raises(ValueError, match="one length"):
-        power_law([1.0, 2.0], [1.0], [1.0], [1.0])
-
-
-def test_height_and_slope_err_independently_about_the_centre():
-    """The interval of the law itself holds the truth in 95% of fits, at the ends of the measurements and beyond them."""
-    rng = np.random.default_rng(5)
-    sd = np.geomspace(0.05, 0.3, 12)
-    laws = [power_law(*planted(rng, 0.5, sd)) for _ in range(600)]
-    for x in (1e3, 1e4, 1e6, 1e8):
-        low, high = np.array([law.interval(x) for law in laws]).T
-        assert 0.93 < np.mean((low < 3.0 * x**0.5) & (3.0 * x**0.5 < high)) < 0.99
-    low, high = laws[0].interval(np.exp(laws[0].centre))
-    assert np.log(high / low) == pytest.approx(2 * 1.959963985 * laws[0].centre_se)
-    # The weights alone give the height's error at the centre where the scatter does not exceed them.
-    assert min(law.centre_se for law in laws) == pytest.approx(np.sum(sd**-2) ** -0.5)
-
-
-def test_without_intervals_the_scatter_alone_counts():
+def test_a_straight_line_is_least_squares_and_its_interval_students():
     stats = pytest.importorskip("scipy.stats")
-    x, y, _, _ = planted(np.random.default_rng(6), 0.5, 0.01)
-    law, line = power_law(x, y), stats.linregress(np.log(x), np.log(y))
-    assert (law.exponent, law.exponent_se) == pytest.approx((line.slope, line.stderr), rel=1e-9)
-    low, high = law.interval(1.0)  # log y at log x = 0 is the intercept
-    assert np.log(high / low) / (2 * 1.959963985) == pytest.approx(line.intercept_stderr, rel=1e-6)
-    with pytest.raises(ValueError, match="together"):
-        power_law(x, y, low=y)
+    t = np.geomspace(1, 1000, 12)
+    found, known, widths = [], [], []
+    for seed in range(60):
+        data = planted(LINE, {"c": 3.0, "p": 0.5}, t, 0.1, np.random.default_rng(seed))
+        fitted, line = fit(LINE, data, seed=seed), stats.linregress(np.log(t), np.log(data.y))
+        found.append((np.log(fitted.values["c"]), fitted.values["p"]))
+        known.append((line.intercept, line.slope))
+        low, high = fitted.intervals["p"]
+        widths.append((high - low) / (2 * stats.t.ppf(0.975, 10) * line.stderr))
+        assert fitted.rms == pytest.approx(np.sqrt(np.mean((np.log(data.y) - line.intercept - line.slope * np.log(t)) ** 2)))
+    np.testing.assert_allclose(found, known, atol=1e-6)
+    assert np.mean(widths) == pytest.approx(1.0, abs=0.12)
 
 
-def line(u, bound=np.inf, **options):
-    return lambda y: least_squares(lambda a, b: a + b * u, y, {"a": (-np.inf, np.inf), "b": (-bound, bound)}, [(0.0, 0.0)], **options)
+def test_the_huber_objective_is_minimized_as_scipy_does():
+    minimize = pytest.importorskip("scipy.optimize").minimize
+    t, rng = np.geomspace(0.01, 100, 25), np.random.default_rng(1)
+    data = planted(BEND, {"c": 5.0, "k": 2.0}, t, 0.05, rng)
+    data.y[3] *= 3  # an outlier
+
+    def objective(fitted, delta):
+        size = np.abs(np.log(data.y) - fitted[0] - np.log(t / (t + np.exp(fitted[1]))))
+        return np.sum(np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)))
+
+    for delta in (1e-3, 0.05, 10.0):
+        fitted = fit(BEND, data, huber_delta=delta, resamples=0)
+        least = min(
+            minimize(objective, start, delta, "Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-14}).fun for start in [(1, 1), (2, 0)]
+        )
+        assert fitted.objective == pytest.approx(least, rel=1e-6)
+        assert objective(np.log([fitted.values["c"], fitted.values["k"]]), delta) == pytest.approx(fitted.objective, rel=1e-9)
+    assert fitted.intervals == {"c": (None, None), "k": (None, None)} and fitted.identified  # without resamples nothing is judged
 
 
-def test_on_a_straight_line_intervals_are_students():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(7)
-    u = rng.normal(size=9)
-    y = 1 + 2 * u + 0.3 * rng.normal(size=9)
-    known, fit = stats.linregress(u, y), line(u)(y)
-    t = stats.t.ppf(0.975, 7)
-    assert (fit.values["a"], fit.values["b"]) == pytest.approx((known.intercept, known.slope), rel=1e-6)
-    assert fit.intervals["b"] == pytest.approx((known.slope - t * known.stderr, known.slope + t * known.stderr), rel=1e-4)
-    assert fit.intervals["a"] == pytest.approx(
-        (known.intercept - t * known.intercept_stderr, known.intercept + t * known.intercept_stderr), rel=1e-4
-    )
-    np.testing.assert_allclose(fit.residuals, y - known.intercept - known.slope * u, atol=1e-6)
-    sharp = line(u, sd=np.full(9, 0.01), intervals_of=["b"])(y)  # claimed errors too small: the scatter widens them
-    assert sharp.intervals == {"b": pytest.approx(fit.intervals["b"], rel=1e-4)}
-    honest = line(u, sd=np.full(9, 3.0), intervals_of=["b"])(y)  # claimed errors large: they count
-    half = t * 3.0 / np.sqrt(np.sum((u - u.mean()) ** 2))
-    assert honest.intervals["b"] == pytest.approx((known.slope - half, known.slope + half), rel=1e-4)
-    assert line(u, bound=known.slope + 0.5 * known.stderr)(y).intervals["b"][1] == np.inf
-    near = line(u, bound=fit.intervals["b"][1] + 0.001)(y)  # beyond the end, but within the search's next stride
-    assert near.intervals["b"] == pytest.approx(fit.intervals["b"], rel=1e-4)
+def test_an_outlier_moves_hubers_fit_little():
+    data = planted(LINE, {"c": 3.0, "p": 0.5}, np.geomspace(1, 1000, 20), 0.01, np.random.default_rng(2))
+    data.y[-1] *= 5
+    assert abs(fit(LINE, data, huber_delta=1e-2).values["p"] - 0.5) < 0.005 < abs(fit(LINE, data).values["p"] - 0.5) / 3
 
 
-def test_huber_bears_outliers_and_its_interval_covers():
-    rng = np.random.default_rng(8)
-    u = np.linspace(-1, 1, 24)
-    inside, errors = [], {None: [], 0.15: []}
-    for _ in range(120):
-        y = 1 + 2 * u + 0.1 * rng.normal(size=24) + np.where(rng.random(24) < 0.1, rng.choice([-3, 3], 24), 0)
-        fit = line(u, huber_delta=0.15, intervals_of=["b"])(y)
-        inside.append(fit.intervals["b"][0] < 2 < fit.intervals["b"][1])
-        errors[0.15].append(fit.values["b"] - 2)
-        errors[None].append(line(u, intervals_of=[])(y).values["b"] - 2)
-    assert 0.89 < np.mean(inside) <= 1.0
-    assert np.std(errors[0.15]) < np.std(errors[None]) / 4
+def test_runs_are_resampled_whole():
+    """Eight runs of ten points each share their error: an interval from points would be √10 too narrow."""
+    rng, t = np.random.default_rng(3), np.tile(np.geomspace(1, 10, 10), 8)
+    runs = np.repeat(np.arange(8), 10)
+    covered = {"runs": 0, "points": 0}
+    for seed in range(100):
+        data = planted(LINE, {"c": 3.0, "p": 0.5}, t, 0.02, rng)
+        data = data._replace(y=data.y * np.exp(0.2 * rng.normal(size=8))[runs])
+        for name, clusters in (("runs", runs), ("points", np.arange(80))):
+            low, high = fit(LINE, data._replace(cluster=clusters), seed=seed, resamples=200).intervals["c"]
+            covered[name] += low < 3.0 < high
+    assert covered["runs"] >= 89 and covered["points"] <= 70
 
 
-def test_several_starts_find_the_lower_of_two_valleys():
-    u = np.linspace(0, 6, 40)
-    wave = least_squares(lambda w: np.sin(w * u), np.sin(3.0 * u), {"w": (0.1, 10.0)}, [(0.3,), (2.8,), (9.0,)])
-    assert wave.values["w"] == pytest.approx(3.0)
-    assert wave.intervals["w"] == pytest.approx((3.0, 3.0), abs=1e-4)  # exact: no width
-    with pytest.raises(ValueError, match="2 points cannot fix 2"):
-        line(np.ones(2))(np.ones(2))
+def test_what_the_data_do_not_fix_is_said():
+    t = np.geomspace(1e-4, 1e-2, 20)  # far below the bend, the form is c/k·t: only the ratio shows
+    fitted = fit(BEND, planted(BEND, {"c": 5.0, "k": 2.0}, t, 0.02, np.random.default_rng(4)))
+    assert "k" in fitted.unidentified and fitted.intervals["k"][1] is None
+    assert "k is not identified" in fitted.unidentified["k"]
+    low, high = fitted.interval({"t": np.array([1e-3])})  # what is predicted within the range is known all the same
+    assert high[0] / low[0] < 1.05 and low[0] < 5 / 2 * 1e-3 < high[0]
+    assert abs(fitted.correlations_PxP[0, 1]) > 0.99
+    wide = fit(BEND, planted(BEND, {"c": 5.0, "k": 2.0}, np.geomspace(1e-2, 1e2, 20), 0.02, np.random.default_rng(5)))
+    assert wide.identified and wide.intervals["k"][0] < 2.0 < wide.intervals["k"][1]
+    assert wide.inside({"t": 1.0}) and not wide.inside({"t": 200.0})
+
+
+def test_few_runs_have_no_interval_or_a_wide_one():
+    rng, t = np.random.default_rng(6), np.geomspace(1, 100, 12)
+    data = planted(BEND, {"c": 5.0, "k": 9.0}, t, 0.02, rng, clusters=np.arange(12) % 3)
+    assert fit(BEND, data).intervals["k"][0] is not None
+    three = Form(**(BEND._asdict() | {"parameters": (*BEND.parameters, Parameter("idle", "", "", "plain", -1, 1, (0.0,)))}))
+    fitted = fit(three, data)
+    assert fitted.intervals["k"] == (None, None) and "3 independent runs, and 3 parameters need at least 4" in fitted.unidentified["k"]
+    assert np.isnan(fitted.interval({"t": t})[0]).all()
+
+
+def test_planted_bend_is_found_from_bad_starts_at_once():
+    """Every start of a grid is descended in one call, those that fail cost nothing."""
+    t = np.geomspace(1e-2, 1e2, 30)
+    data = planted(BEND, {"c": 5.0, "k": 2.0}, t, 0.0, np.random.default_rng(7))
+    starts = np.array([(c, k) for c in (1e-8, 1e-2, 1e8) for k in (1e-5, 1e5)])
+    assert fit(BEND, data, starts=starts, resamples=0).values == pytest.approx({"c": 5.0, "k": 2.0}, rel=1e-5)
+    done = []
+    descend(BEND, {"t": t}, np.log(data.y)[None], np.ones((1, 30)), BEND.transformed(np.tile(starts, (50, 1))), 1e-3, 5, done.append)
+    assert done == [256, 300]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d._replace(x={"t": d.x["t"][:2]}, y=d.y[:2], cluster=d.cluster[:2]),
+            "2 points cannot fix 2 parameters (c, p); at least 3",
+        ),
+        (lambda d: d._replace(cluster=np.arange(10) % 2), "its 10 points come from 2 independent runs; at least 3"),
+        (lambda d: d._replace(y=np.where(np.arange(10) == 4, -1.0, d.y)), "y is -1 in point 5; must be a positive number"),
+        (lambda d: d._replace(x={"t": np.where(np.arange(10) == 2, np.nan, d.x["t"])}), "t is nan in point 3; must be a positive number"),
+    ],
+)
+def test_faulty_observations(change, message):
+    data = planted(LINE, {"c": 3.0, "p": 0.5}, np.geomspace(1, 100, 10), 0.1, np.random.default_rng(8))
+    with pytest.raises(UserError) as caught:
+        fit(LINE, change(data))
+    assert message in str(caught.value)
+
+
+def test_plain_residuals():
+    plain = LINE._replace(space="plain", function=lambda v, x: v["c"] + v["p"] * x["t"], huber_delta=1e3)
+    t = np.linspace(-1, 1, 15)
+    data = Observations({"t": t + 2}, -4 + 2.5 * (t + 2), np.arange(15), "planted")
+    fitted = fit(plain._replace(parameters=(plain.parameters[0]._replace(transform="plain", low=-1e3), plain.parameters[1])), data)
+    assert fitted.values == pytest.approx({"c": -4.0, "p": 2.5}, abs=1e-6)
+    np.testing.assert_allclose(fitted.predict({"t": t + 2}), data.y, atol=1e-6)
+
+
+def test_constants_are_no_part_of_the_function():
+    scaled = LINE._replace(function=_scaled, constants=(("t_0", 30.0),))
+    data = planted(LINE, {"c": 3.0, "p": 0.5}, np.geomspace(1, 100, 10), 0.05, np.random.default_rng(9))
+    fitted, plain = fit(scaled, data), fit(LINE, data)
+    assert fitted.values["p"] == pytest.approx(plain.values["p"], rel=1e-6)
+    assert fitted.values["c"] == pytest.approx(plain.values["c"] * 30 ** plain.values["p"], rel=1e-6)
+    np.testing.assert_allclose(fitted.predict({"t": [200.0]}), plain.predict({"t": [200.0]}), rtol=1e-6)
+    np.testing.assert_allclose(fitted.interval({"t": [200.0]}), plain.interval({"t": [200.0]}), rtol=1e-3)
+
+
+def _scaled(v, x):
+    return jnp.log(v["c"]) + v["p"] * jnp.log(x["t"] / v["t_0"])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.fit import PowerLaw, power_law
 from scaling_jax.laws.law_file import read_law, write_law
+from scaling_jax.laws.power_law import PowerLaw, power_law
 
 GOOD = {"definition": "branch", "exponent": 0.5, "log_scale": 2.0}
 

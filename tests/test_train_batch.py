@@ -12,8 +12,8 @@ from helpers import Trainers, small_config
 
 from scaling_jax.data.source import TokenSource
 from scaling_jax.errors import UserError
-from scaling_jax.laws.fit import PowerLaw
 from scaling_jax.laws.law_file import write_law
+from scaling_jax.laws.power_law import PowerLaw
 from scaling_jax.train import loop
 from scaling_jax.train.batch_size import KEY, replay
 from scaling_jax.train.checkpoint import Checkpoints, Start

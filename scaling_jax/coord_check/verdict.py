@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scaling_jax.coord_check.measure import ACTIVATION, CHANGE, DECAY, EPSILON, PROBED, UPDATE, Coordinate
-from scaling_jax.laws.fit import power_law
+from scaling_jax.laws.power_law import power_law
 
 TOLERANCE = {
     ("width", ACTIVATION): 0.25,

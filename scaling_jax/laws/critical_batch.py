@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.fit import Fit, PowerLaw, least_squares, power_law
+from scaling_jax.laws.likelihood import Likeliest, least_squares
 from scaling_jax.laws.noise_bins import METRICS, bounded_bins, noise_bins
+from scaling_jax.laws.power_law import PowerLaw, power_law
 from scaling_jax.laws.table import at_least, check, only_value, optional, required
 
 DEFINITIONS = ("noise", "preconditioned", "tradeoff", "overhead", "branch", "kink_surge", "kink_plateau")
@@ -264,42 +265,39 @@ KINK_FORMS = {  # log η as a function of log B and log B_c
 }
 
 
-def kink_fit(table: Table, form: str, huber_delta: float | None = None) -> Kink:
-    """One form of the best learning rate as a function of batch size, by least squares (or Huber's loss) on log η.
+def kink_fit(table: Table, form: str) -> Kink:
+    """One form of the best learning rate as a function of batch size, by least squares on log η.
 
     Args:
       table: rows of `batch_tokens` (tokens), `lr` (the best one at that batch; `lr_optimum.lr_optima` finds it), optionally `lr_se` (its
         standard error, in units of the lr; a weight) and `tokens` (the same in all rows). Four rows or more at three batch sizes or more.
       form: "surge": η_max / [½(√(B/B_c) + √(B_c/B))] (Li et al. 2024, for Adam); "plateau": η_max / √(1 + B_c/B); "power": c·B^p,
         which has no bend and is what the other two have to beat.
-      huber_delta: as in `least_squares`.
     """
     if form not in tuple(KINK_FORMS):
         raise UserError(f"form is {form!r}; it must be one of {', '.join(KINK_FORMS)}")
-    if huber_delta is not None:
-        check("huber_delta", huber_delta, lambda delta: delta > 0, "a positive number, or None")
     at_least(table, 4, "a bend of the learning rate")
     batch, lr, se = required(table, "batch_tokens"), required(table, "lr"), optional(table, "lr_se")
     _different(batch, "batch_tokens", 3)
     log_b, log_lr = np.log(batch), np.log(lr)
-    options = {"sd": None if se is None else se / lr, "huber_delta": huber_delta}
+    sd = None if se is None else se / lr
     everywhere = (-np.inf, np.inf)
     if form == "power":
         bounds = {"lr": everywhere, "exponent": everywhere}
-        fit = least_squares(lambda log_c, p: log_c + p * log_b, log_lr, bounds, [(log_lr.mean(), 0.0)], **options, intervals_of=[])
+        fit = least_squares(lambda log_c, p: log_c + p * log_b, log_lr, bounds, [(log_lr.mean(), 0.0)], sd=sd, intervals_of=[])
         return Kink(form, float(np.exp(fit.values["lr"])), None, None, None, fit.values["exponent"], fit.residuals)
     shape = KINK_FORMS[form]
     starts = [(log_lr.max(), b) for b in np.quantile(log_b, (0.0, 0.5, 1.0))]
     bounds = {"lr": everywhere, "batch": _reach(batch)}
-    fit = least_squares(lambda log_max, log_c: log_max + shape(log_b, log_c), log_lr, bounds, starts, **options, intervals_of=["batch"])
+    fit = least_squares(lambda log_max, log_c: log_max + shape(log_b, log_c), log_lr, bounds, starts, sd=sd, intervals_of=["batch"])
     return Kink(form, float(np.exp(fit.values["lr"])), *_bend(fit, batch), None, fit.residuals)
 
 
-def kink(table: Table, form: str, huber_delta: float | None = None) -> CriticalBatch:
+def kink(table: Table, form: str) -> CriticalBatch:
     """B_c of `kink_fit`, under the name kink_surge or kink_plateau: the two are different numbers of one table, and so are their laws."""
     if form not in ("surge", "plateau"):
         raise UserError(f"form is {form!r}; it must be surge or plateau, which have a bend")
-    fit = kink_fit(table, form, huber_delta)
+    fit = kink_fit(table, form)
     return CriticalBatch(f"kink_{form}", only_value(table, "tokens"), fit.batch_tokens, fit.low, fit.high)
 
 
@@ -315,7 +313,7 @@ def _reach(batch: np.ndarray) -> tuple[float, float]:
     return float(np.log(batch.min() / _BEYOND)), float(np.log(batch.max() * _BEYOND))
 
 
-def _bend(fit: Fit, batch: np.ndarray) -> tuple[float | None, float | None, float | None]:
+def _bend(fit: Likeliest, batch: np.ndarray) -> tuple[float | None, float | None, float | None]:
     """The parameter "batch" out of the log, with its interval; None where the best fit lies at the edge of what can be told."""
     value, (low, high), reach = fit.values["batch"], fit.intervals["batch"], _reach(batch)
     inside = reach[0] + 1 < value < reach[1] - 1

@@ -1,168 +1,255 @@
-"""The engine that fits laws to measurements: straight lines on log-log axes and any form in the log, both with honest intervals."""
+"""The engine that fits laws: many starts, Huber's loss on the residuals, a bootstrap over runs, and a word on what is not identified.
 
-from collections.abc import Callable, Sequence
+    fitted = fit(form, data)
+    fitted.values, fitted.intervals, fitted.unidentified
+
+What is minimized is Σ huber_δ(residual), a sum and not a mean (Hoffmann et al. 2022, app. D.3; Besiroglu et al. 2024 on why). It is no
+likelihood: it has no AICc and no profile intervals; `likelihood` has those. Intervals come from the Bayesian bootstrap (Rubin 1981): every
+resample gives each cluster, a run with all its horizons, a weight drawn from the exponential distribution, and is fitted anew from the best
+fit and its rivals. No cluster is ever left out altogether, so that a grid keeps its corners.
+"""
+
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-_Z = 1.959963985  # of a 95% interval
-_SD_PER_INTERVAL = 1 / (2 * _Z)  # a 95% interval is this many times wider than the standard deviation is
+from scaling_jax.errors import UserError
+from scaling_jax.laws.descent import descend
+from scaling_jax.laws.form import Form
+from scaling_jax.laws.observations import Observations
+
+LEVEL = 0.95  # of all intervals
+_Z = 1.959963985
+_FIRST, _POLISHED, _KEPT = 60, 600, 32  # iterations of every start, of the best; how many those are
+_RIVALS = 3  # optima that a resample is fitted from
 
 
-class PowerLaw(NamedTuple):
-    """y = exp(log_scale) · x^exponent.
+class LawFit(NamedTuple):
+    """A fitted form.
 
-    `exponent_se` is the standard error of the exponent, `points` the number of measurements that entered. `centre` is the log x about
-    which slope and height are independent, and `centre_se` the standard error of log y there.
+    `values` by parameter, natural units; `intervals` their 95% intervals, an end None where the data rule out nothing up to the bound, or
+    where there are too few clusters for any; `se` the standard error of what is fitted (of the logarithm, where the parameter's transform
+    is "log"). `draws_RxP` are the bootstrap's parameters in natural units, `correlations_PxP` those of what is fitted. `objective` is the
+    summed loss, `rms` and `residuals` (observed minus fitted, [n]) are in the residual space. `unidentified` has a sentence for each
+    parameter that the data do not fix: its value is not to be used. `ranges` are the smallest and largest of each input.
     """
 
-    exponent: float
-    exponent_se: float
-    log_scale: float
-    points: int
-    centre: float = 0.0
-    centre_se: float = 0.0
-
-    def __call__(self, x: ArrayLike) -> np.ndarray:
-        return np.exp(self.log_scale) * np.asarray(x, float) ** self.exponent
-
-    def interval(self, x: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-        """95% interval of the law (not of a new measurement) at x, from 1.96 standard errors of log y."""
-        half = _Z * np.hypot(self.centre_se, self.exponent_se * (np.log(np.asarray(x, float)) - self.centre))
-        return self(x) * np.exp(-half), self(x) * np.exp(half)
-
-
-def power_law(x: ArrayLike, y: ArrayLike, low: ArrayLike | None = None, high: ArrayLike | None = None) -> PowerLaw | None:
-    """Weighted least squares of log y on log x.
-
-    Args:
-      x, y: positive measurements, [points].
-      low, high: 95% interval of each y. A point's weight is 1/sd², sd = (log high − log low) / (2·1.96). Without them all points weigh
-        the same, and the standard errors come from the scatter alone.
-
-    Returns:
-      The law, or None where fewer than three usable points at two or more different x remain. A point is left out where any of its
-      numbers is missing (nan), infinite or not positive: an interval with an open end says that the value is unknown, and no width is
-      invented for it. The standard errors are those that the intervals imply, scaled up by √(χ²/dof) where the points scatter more than
-      their intervals allow, and never scaled down.
-    """
-    if (low is None) != (high is None):
-        raise ValueError("low and high go together")
-    bare = low is None
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    low, high = (y / np.exp(_Z), y * np.exp(_Z)) if bare else (np.asarray(low, float), np.asarray(high, float))
-    if not x.shape == y.shape == low.shape == high.shape or x.ndim != 1:
-        raise ValueError(f"x, y, low and high must be lists of one length, not of shapes {x.shape}, {y.shape}, {low.shape}, {high.shape}")
-    usable = np.all([np.isfinite(values) & (values > 0) for values in (x, y, low, high)], axis=0) & (high > low)
-    points = int(usable.sum())
-    if points < 3:
-        return None
-    log_x, log_y = np.log(x[usable]), np.log(y[usable])
-    weight = ((np.log(high[usable]) - np.log(low[usable])) * _SD_PER_INTERVAL) ** -2.0
-    centre = np.average(log_x, weights=weight)  # about the centre, slope and intercept are independent
-    spread = np.sum(weight * (log_x - centre) ** 2)
-    if np.ptp(log_x) == 0:
-        return None
-    exponent = np.sum(weight * (log_x - centre) * log_y) / spread
-    log_scale = np.average(log_y, weights=weight) - exponent * centre
-    chi_sq_per_dof = np.sum(weight * (log_y - log_scale - exponent * log_x) ** 2) / (points - 2)
-    variance = chi_sq_per_dof if bare else max(1.0, chi_sq_per_dof)
-    exponent_se, centre_se = np.sqrt(variance / spread), np.sqrt(variance / weight.sum())
-    return PowerLaw(float(exponent), float(exponent_se), float(log_scale), points, float(centre), float(centre_se))
-
-
-class Fit(NamedTuple):
-    """A form fitted by `least_squares`.
-
-    `values` are its parameters by name, `intervals` their 95% intervals: an end is -inf or inf where the measurements rule out nothing
-    up to the parameter's bound. `residuals` are observed minus fitted log y, [points]. `cost` is what was minimized.
-    """
-
+    form: Form
     values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    intervals: dict[str, tuple[float | None, float | None]]
+    se: dict[str, float]
+    draws_RxP: np.ndarray
+    correlations_PxP: np.ndarray
+    objective: float
+    rms: float
     residuals: np.ndarray
-    cost: float
+    points: int
+    clusters: int
+    unidentified: dict[str, str]
+    ranges: dict[str, tuple[float, float]]
+    origin: str
+
+    @property
+    def identified(self) -> bool:
+        return not self.unidentified
+
+    def predict(self, x: Mapping[str, ArrayLike]) -> np.ndarray:
+        """The law at the inputs, [n]."""
+        return self.form.predict(self.values, x)
+
+    def draw_predictions(self, x: Mapping[str, ArrayLike]) -> np.ndarray:
+        """The law at the inputs by every resample, [R, n]."""
+        import jax
+
+        inputs = {name: np.asarray(x[name], float)[None] for name in self.form.inputs}
+        values = {name: self.draws_RxP[:, i, None] for i, name in enumerate(self.form.names)}
+        with jax.enable_x64(True):
+            fitted = np.asarray(self.form.function(values | dict(self.form.constants), inputs), float)
+        return np.exp(fitted) if self.form.space == "log" else fitted
+
+    def interval(self, x: Mapping[str, ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
+        """95% interval of the law (not of a new measurement) at the inputs, two of [n]; nan where there are too few clusters for one."""
+        predictions = self.draw_predictions(x)
+        if len(predictions) == 0:
+            return np.full(predictions.shape[1], np.nan), np.full(predictions.shape[1], np.nan)
+        low, high = np.quantile(predictions, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        return low, high
+
+    def inside(self, x: Mapping[str, float]) -> bool:
+        """Whether the inputs lie in the measured range, each by itself."""
+        return all(low * (1 - 1e-9) <= x[name] <= high * (1 + 1e-9) for name, (low, high) in self.ranges.items())
 
 
-def least_squares(
-    form: Callable[..., np.ndarray],
-    log_y: ArrayLike,
-    bounds: dict[str, tuple[float, float]],
-    starts: Sequence[Sequence[float]],
+def fit(
+    form: Form,
+    data: Observations,
     *,
-    sd: ArrayLike | None = None,
+    resamples: int = 400,
+    seed: int = 0,
     huber_delta: float | None = None,
-    intervals_of: Sequence[str] | None = None,
-) -> Fit:
-    """The best of several descents from `starts` on the residuals of log y, squared or by Huber's loss, with profile intervals.
+    starts: ArrayLike | None = None,
+) -> LawFit:
+    """Fits a form to observations.
 
     Args:
-      form: of the parameters, in the order of `bounds`, to the fitted log y, [points].
-      log_y: measurements, [points]; more of them than parameters.
-      bounds: parameter name to (lowest, highest); either may be infinite.
-      starts: values of the parameters to start from, one or more sets.
-      sd: standard deviation of each log y. Without it all weigh the same and the scatter alone gives the intervals; with it the scatter
-        can widen them, never narrow them.
-      huber_delta: the residual (in log units, or in sd where those are given) beyond which the loss grows linearly. None: squares.
-      intervals_of: parameters whose interval is wanted; all of them by default, each costs some twenty descents.
+      form: what to fit.
+      data: the observations; `cluster` labels are what the bootstrap resamples.
+      resamples: of the bootstrap; 0 for none, and then no intervals.
+      seed: of the bootstrap.
+      huber_delta: instead of the form's.
+      starts: parameters to start from, [S, P] in natural units, instead of the form's.
 
     Returns:
-      The fit. An interval holds the values with which, all other parameters fitted anew, the loss exceeds the least one by no more than
-      ½·t²·s², t being Student's, s² = Σψ²/dof / mean ψ′ (squares: the residual variance; with Huber's ψ, Ronchetti's robust test).
-      On a plane that is the usual t interval; where a parameter runs away the profile flattens and the end is open.
+      The best of all descents. For few clusters G the bootstrap's deviations are widened by √(G/(G−P))·t(G−P)/1.96, P being the number of
+      parameters: of a straight line this gives Student's interval. With G ≤ P every interval is open.
+
+    Raises:
+      UserError: no more points than parameters, fewer than three clusters, or values that the form cannot take.
     """
-    from scipy.optimize import brentq  # only here: slow to import
-    from scipy.optimize import least_squares as descend
-    from scipy.special import stdtrit
+    delta = form.huber_delta if huber_delta is None else huber_delta
+    count, free = len(data.y), len(form.parameters)
+    if count <= free:
+        raise UserError(
+            f"{form.name}: {count} points cannot fix {free} parameters ({', '.join(form.names)}); at least {free + 1} are needed"
+        )
+    y = residual_space(form, data)
+    clusters = len(np.unique(data.cluster))
+    if clusters < 3:
+        raise UserError(f"{form.name}: its {count} points come from {clusters} independent runs; at least 3 are needed")
+    fitted, objective, rivals_KxP = _best(form, data.x, y, delta, starts)
+    values = dict(zip(form.names, form.natural(fitted).tolist(), strict=True))
+    residuals = y - _log_or_plain(form, values, data.x)
+    raw_RxP = _reweighted(form, data.x, y, bootstrap_weights(data.cluster, resamples, seed), rivals_KxP, delta)
+    draws_RxP, intervals, unidentified = _intervals(form, fitted, raw_RxP, clusters)
+    spread_RxP = draws_RxP if len(draws_RxP) > 1 else np.full((2, free), np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlations = np.atleast_2d(np.corrcoef(spread_RxP.T))
+    return LawFit(
+        form=form,
+        values=values,
+        intervals=intervals,
+        se=dict(zip(form.names, spread_RxP.std(axis=0, ddof=1).tolist(), strict=True)),
+        draws_RxP=form.natural(draws_RxP),
+        correlations_PxP=correlations,
+        objective=objective,
+        rms=float(np.sqrt(np.mean(residuals**2))),
+        residuals=residuals,
+        points=count,
+        clusters=clusters,
+        unidentified=unidentified,
+        ranges={name: (float(np.min(data.x[name])), float(np.max(data.x[name]))) for name in form.inputs},
+        origin=data.origin,
+    )
 
-    names, log_y = list(bounds), np.asarray(log_y, float)
-    lowest, highest = np.array(list(bounds.values()), float).T
-    dof = len(log_y) - len(names)
-    if dof < 1:
-        raise ValueError(f"{len(log_y)} points cannot fix {len(names)} parameters and their errors")
-    unit = np.ones_like(log_y) if sd is None else np.asarray(sd, float)
 
-    def fitted(start, fixed=None):
-        """Parameters and cost; `fixed` is (index, value) of one that stays."""
-        free = [i for i in range(len(names)) if fixed is None or i != fixed[0]]
-        whole = np.array(start, float)
-        if fixed is not None:
-            whole[fixed[0]] = fixed[1]
+def refits(form: Form, data: Observations, rows_N: np.ndarray, weight_RxN: np.ndarray) -> list[dict[str, float]]:
+    """The parameters that fit some of the rows (a mask, [n]) best: first with all weights 1, then with each of the weights [R, n]."""
+    y = residual_space(form, data)
+    fitted_P, _, rivals_KxP = _best(form, {name: values[rows_N] for name, values in data.x.items()}, y[rows_N], form.huber_delta)
+    again_RxP = _reweighted(form, data.x, y, np.where(rows_N, weight_RxN, 0.0), rivals_KxP, form.huber_delta)
+    return [dict(zip(form.names, values, strict=True)) for values in form.natural(np.concatenate([fitted_P[None], again_RxP])).tolist()]
 
-        def residuals(values):
-            whole[free] = values
-            return (log_y - form(*whole)) / unit
 
-        inside = np.clip(whole[free], lowest[free], highest[free])
-        options = {"bounds": (lowest[free], highest[free])}
-        if huber_delta is not None:
-            options |= {"loss": "huber", "f_scale": huber_delta}
-        elif free and np.isinf(options["bounds"]).all():
-            options = {"method": "lm"}  # the same minimum, several times faster
-        found = descend(residuals, inside, xtol=1e-12, ftol=1e-12, gtol=1e-12, **options)
-        whole[free] = found.x
-        return whole.copy(), found.cost
+def bootstrap_weights(cluster: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Weights of the rows, [R, n], mean 1 over clusters: exponential, one for each cluster."""
+    clusters, cluster_N = np.unique(cluster, return_inverse=True)
+    weight_RxG = np.random.default_rng(seed).exponential(size=(resamples, len(clusters)))
+    weight_RxG *= len(clusters) / weight_RxG.sum(axis=1, keepdims=True)
+    return weight_RxG[:, cluster_N]
 
-    best, cost = min((fitted(start) for start in starts), key=lambda result: result[1])
-    residuals = log_y - form(*best)
-    scaled = np.abs(residuals / unit)
-    inner = np.ones_like(scaled, bool) if huber_delta is None else scaled <= huber_delta
-    variance = np.sum(np.where(inner, scaled, huber_delta or 0.0) ** 2) / dof / max(inner.mean(), 1 / len(inner))
-    variance = variance if sd is None else max(1.0, variance)
-    limit = cost + 0.5 * stdtrit(dof, 0.975) ** 2 * variance + 1e-18  # the last: exact measurements
 
-    def end(i, sign, bound):
-        def excess(value):
-            return fitted(best, (i, value))[1] - limit
+def residual_space(form: Form, data: Observations) -> np.ndarray:
+    """The target as it is fitted, [n]; UserError where the form cannot take a value."""
+    y = np.asarray(data.y, float)
+    lengths = {name: len(values) for name, values in data.x.items()} | {form.target: len(y), "cluster": len(data.cluster)}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns of several lengths: {lengths}")
+    for name, values in [(form.target, y), *((name, np.asarray(data.x[name], float)) for name in form.inputs)]:
+        positive = name != form.target or form.space == "log"
+        faulty = np.flatnonzero(~np.isfinite(values) | ((values <= 0) if positive else False))
+        if len(faulty):
+            kind = "positive" if positive else "finite"
+            raise UserError(f"{form.name}: {name} is {values[faulty[0]]:g} in point {faulty[0] + 1}; must be a {kind} number")
+    return np.log(y) if form.space == "log" else y
 
-        near, step = best[i], 0.05
-        while (far := best[i] + sign * step) * sign < bound * sign:
-            if excess(far) > 0:
-                return float(brentq(excess, near, far, xtol=1e-4))
-            near, step = far, 2 * step
-        return float(sign * np.inf if not np.isfinite(bound) or excess(bound) <= 0 else brentq(excess, near, bound, xtol=1e-4))
 
-    wanted = {names.index(name) for name in (names if intervals_of is None else intervals_of)}
-    intervals = {names[i]: (end(i, -1, lowest[i]), end(i, 1, highest[i])) for i in sorted(wanted)}
-    return Fit(dict(zip(names, best.tolist(), strict=True)), intervals, residuals, float(cost))
+def _log_or_plain(form: Form, values: Mapping[str, float], x: Mapping[str, np.ndarray]) -> np.ndarray:
+    predicted = form.predict(values, x)
+    return np.log(predicted) if form.space == "log" else predicted
+
+
+def _best(form, x, y, delta, starts=None) -> tuple[np.ndarray, float, np.ndarray]:
+    """The best fit [P], its objective, and the optima worth starting resamples from [K, P], itself first."""
+    start_SxP = form.transformed(np.atleast_2d(np.asarray(starts, float)) if starts is not None else form.all_starts(x, y))
+    weight_1xN = np.ones((1, len(y)))
+    first = descend(form, x, y[None], weight_1xN, start_SxP, delta, _FIRST)
+    kept = np.argsort(first.objective_Q, kind="stable")[:_KEPT]
+    last = descend(form, x, y[None], weight_1xN, first.fitted_QxP[kept], delta, _POLISHED)
+    order = np.argsort(last.objective_Q, kind="stable")
+    if not np.isfinite(last.objective_Q[order[0]]):
+        raise UserError(f"{form.name}: no start of its parameters gives finite predictions for these points")
+    rivals: list[int] = []
+    for i in order:  # optima that differ, and are not far worse
+        apart = all(np.abs(last.fitted_QxP[i] - last.fitted_QxP[j]).max() > 1e-2 for j in rivals)
+        if apart and last.objective_Q[i] <= 1.5 * last.objective_Q[order[0]] + 1e-300 and len(rivals) < _RIVALS:
+            rivals.append(i)
+    return last.fitted_QxP[order[0]], float(last.objective_Q[order[0]]), last.fitted_QxP[rivals]
+
+
+def _reweighted(form, x, y, weight_RxN, rivals_KxP, delta) -> np.ndarray:
+    """What is fitted of every resample, [R, P]: the best of the descents from all rivals."""
+    resamples, rivals = len(weight_RxN), len(rivals_KxP)
+    if not resamples:
+        return np.zeros((0, rivals_KxP.shape[1]))
+    found = descend(form, x, y[None], np.tile(weight_RxN, (rivals, 1)), np.repeat(rivals_KxP, resamples, axis=0), delta, 2 * _FIRST)
+    objective_KxR = found.objective_Q.reshape(rivals, resamples)
+    return found.fitted_QxP.reshape(rivals, resamples, -1)[objective_KxR.argmin(axis=0), np.arange(resamples)]
+
+
+def _intervals(form, fitted_P, raw_RxP, clusters):
+    """Widened draws [R, P] of what is fitted, intervals in natural units, and what is not identified."""
+    low_P, high_P = form.transformed([[p.low for p in form.parameters], [p.high for p in form.parameters]])
+    unidentified: dict[str, str] = {}
+    tail, spare = (1 - LEVEL) / 2, clusters - len(fitted_P)
+    draws_RxP = np.zeros((0, len(fitted_P)))
+    if spare > 0 and len(raw_RxP):
+        from scipy.special import stdtrit  # only here: slow to import
+
+        widen = np.sqrt(clusters / spare) * stdtrit(spare, 1 - tail) / _Z
+        draws_RxP = _within(fitted_P, widen * (raw_RxP - fitted_P), low_P, high_P)
+    intervals = {}
+    for i, parameter in enumerate(form.parameters):
+        reach = 1e-3 * min(high_P[i] - low_P[i], 1e3)
+        at_low, at_high = (np.mean(np.abs(draws_RxP[:, i] - bound) <= reach) if len(draws_RxP) else 1.0 for bound in (low_P[i], high_P[i]))
+        low, high = np.quantile(draws_RxP[:, i], [tail, 1 - tail]) if len(draws_RxP) else (np.nan, np.nan)
+        ends = [None if open_ > tail else float(form.natural(_at(fitted_P, i, end))[i]) for open_, end in ((at_low, low), (at_high, high))]
+        intervals[parameter.name] = (ends[0], ends[1])
+        if abs(fitted_P[i] - low_P[i]) <= reach or abs(fitted_P[i] - high_P[i]) <= reach:
+            unidentified[parameter.name] = (
+                f"{parameter.name} is not identified: the best fit runs to the bound, {form.natural(fitted_P)[i]:.3g}"
+            )
+        elif len(draws_RxP) and ends == [None, None]:
+            unidentified[parameter.name] = f"{parameter.name} is not identified: its interval is open at both ends"
+        elif len(draws_RxP) and None in ends:
+            known = f"above {ends[0]:.3g}" if ends[0] is not None else f"below {ends[1]:.3g}"
+            unidentified[parameter.name] = f"{parameter.name} is not identified: the data say no more than {known}"
+        elif not len(draws_RxP) and len(raw_RxP):
+            needed = f"{len(form.parameters)} parameters need at least {len(form.parameters) + 1}"
+            unidentified[parameter.name] = f"{parameter.name} has no interval: {clusters} independent runs, and {needed}"
+    return draws_RxP, intervals, unidentified
+
+
+def _within(fitted_P, move_RxP, low_P, high_P):
+    """From the fit along each move, as far as the bounds let it go: together, or parameters that only their ratio fixes would part."""
+    room_RxP = np.where(move_RxP > 0, high_P - fitted_P, fitted_P - low_P)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share_RxP = np.where(move_RxP != 0, room_RxP / np.abs(move_RxP), np.inf)
+    return fitted_P + np.minimum(1.0, share_RxP.min(axis=1, keepdims=True)) * move_RxP
+
+
+def _at(fitted_P: np.ndarray, index: int, value: float) -> np.ndarray:
+    changed = fitted_P.copy()
+    changed[index] = value
+    return changed

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scaling_jax.errors import UserError
 from scaling_jax.laws.critical_batch import DEFINITIONS
-from scaling_jax.laws.fit import PowerLaw
+from scaling_jax.laws.power_law import PowerLaw
 from scaling_jax.laws.table import check
 
 _NEEDED, _ERRORS = ("exponent", "log_scale"), ("exponent_se", "centre", "centre_se")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from scaling_jax.laws.fit import PowerLaw, power_law
+from scaling_jax.laws.power_law import PowerLaw, power_law
 from scaling_jax.laws.table import known
 
 METRICS = {  # which of a step's own estimates of |G|² and tr Σ

@@ -1,0 +1,64 @@
+"""A table is checked before anything is fitted to it: each fault by its row, column and value."""
+
+import numpy as np
+import pandas
+import pytest
+
+from scaling_jax.errors import UserError
+from scaling_jax.laws.observations import checked, different, enough, observations
+
+
+def table(**columns):
+    base = {"params": [1e6, 1e6, 2e6, 2e6], "tokens": [1e7, 2e7, 1e7, 2e7], "lr": [0.01] * 4, "loss": [4.0, 3.5, 3.8, 3.3]}
+    return pandas.DataFrame({name: values for name, values in (base | columns).items() if values is not None})
+
+
+def test_only_finished_rows_remain_and_the_others_are_counted():
+    found = checked(table(status=["finished", "diverged", "finished", "pending"], loss=[4.0, np.inf, 3.8, np.nan]))
+    assert found["loss"].tolist() == [4.0, 3.8] and found.attrs["left_out"] == {"diverged": 1, "pending": 1}
+    assert len(checked(table())) == 4  # without a status all are finished
+
+
+@pytest.mark.parametrize(
+    ("columns", "need", "message"),
+    [
+        ({"status": ["diverged"] * 4}, ("loss",), "none of the 4 rows is finished: 4 diverged"),
+        ({"loss": [4.0, 3.5, np.nan, 3.3]}, ("loss",), "row 3: loss is nan; a finished run has a positive one (1 such rows)"),
+        ({"loss": [4.0, -3.5, 3.8, 0.0]}, ("loss",), "row 2: loss is -3.5; a finished run has a positive one (2 such rows)"),
+        ({"tokens": [1e7, 0.0, 1e7, 2e7]}, ("loss",), "row 2: tokens is 0; must be a positive number"),
+        ({"data": ["a", "a", "b", "b"]}, ("loss",), "rows of several data (a, b): their losses cannot be compared"),
+        ({"vocab_size": [256, 256, 512, 256]}, ("loss",), "rows of several vocab_size (256, 512)"),
+        (
+            {"params": [1e6] * 4, "tokens": [1e7] * 4},
+            ("loss",),
+            "rows 1 and 2 are one run (params=1000000.0, tokens=10000000.0, lr=0.01) with losses 4 and 3.5",
+        ),
+        ({"lr": None}, ("lr", "batch_tokens"), "the table has no lr, batch_tokens; it has params, tokens, loss; --columns='lr=NAME'"),
+    ],
+)
+def test_faulty_tables(columns, need, message):
+    with pytest.raises(UserError) as caught:
+        checked(table(**columns), need)
+    assert message in str(caught.value)
+
+
+def test_equal_losses_of_equal_rows_and_other_seeds_are_no_contradiction():
+    alike = {"params": [1e6] * 4, "tokens": [1e7] * 4}
+    assert len(checked(table(**alike, loss=[4.0] * 4))) == 4
+    assert len(checked(table(**alike, seed=[0, 1, 2, 3]))) == 4
+    assert len(checked(table(**alike, point=["a", "b", "c", "d"]))) == 4
+
+
+def test_observations_leave_censored_points_out_and_cluster_by_columns():
+    frame = table(point=["a", "a", "b", "b"], censored=[False, False, True, False])
+    found = observations(frame, ["params", "tokens"], "loss", ["point"], "all")
+    assert found.y.tolist() == [4.0, 3.5, 3.3] and found.x["tokens"].tolist() == [1e7, 2e7, 2e7]
+    assert found.cluster[0] == found.cluster[1] != found.cluster[2] and len(found.frame) == 4
+    assert len(set(observations(frame, ["params"], "loss", [], "all").cluster)) == 3
+
+
+def test_too_few():
+    with pytest.raises(UserError, match="a law needs at least 3 points; there are 2"):
+        enough([1, 2], 3, "a law")
+    with pytest.raises(UserError, match="a law needs at least 2 different batch_tokens; there is 1: 4096"):
+        different([4096, 4096], "batch_tokens", 2, "a law")
