@@ -10,6 +10,7 @@ that the study's grid sets and that has no column there. What is not known yet i
 import difflib
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -95,8 +96,8 @@ def load(path: epath.PathLike, columns: Mapping[str, str] | None = None, require
 
     Args:
       path: local, or of a bucket.
-      columns: for each name of ours the one that it has there, {'params': 'Model Size'}; the other columns keep their names, but for those
-        that go by a name of ours which is mapped to another.
+      columns: for each name of ours the one that it has there, {'params': 'Model Size'}, or a multiple, {'batch_tokens': 'bs*2048'}; the
+        other columns keep their names, but for those that go by a name of ours which is mapped to another.
       required: columns that the caller cannot do without; params, tokens and loss where a file has none of ours at all.
 
     Returns:
@@ -282,14 +283,21 @@ def _read_file(path: epath.Path, columns: Mapping[str, str]) -> pandas.DataFrame
 
 
 def _renamed(table: pandas.DataFrame, path: epath.Path, columns: Mapping[str, str]) -> pandas.DataFrame:
+    columns, factors = dict(columns), {}
     for ours, theirs in columns.items():
+        product = re.fullmatch(r"(.+?)\s*\*\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)", theirs)
+        if theirs not in table and product and product[1] in table:
+            columns[ours], factors[ours] = product[1], float(product[2])
+            continue
         if theirs not in table:
             close = difflib.get_close_matches(str(theirs), list(map(str, table.columns)), n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise UserError(f"{path}: columns={{{ours!r}: {theirs!r}}}: no such column there{hint}; there are {_names(table.columns)}")
     taken = {**{theirs: None for theirs in columns.values()}, **{ours: None for ours in columns}}
     kept = [name for name in table.columns if name not in taken]
-    return pandas.DataFrame({ours: table[theirs] for ours, theirs in columns.items()} | {name: table[name] for name in kept})
+    mapped = {ours: table[theirs] for ours, theirs in columns.items()}
+    mapped |= {ours: _numbers(mapped[ours], columns[ours], path) * factor for ours, factor in factors.items()}
+    return pandas.DataFrame(mapped | {name: table[name] for name in kept})
 
 
 def _numbers(column: pandas.Series, name: str, path: epath.Path) -> pandas.Series:

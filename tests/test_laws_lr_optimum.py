@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
+from worlds import World
 
 from scaling_jax.errors import UserError
 from scaling_jax.laws.critical_batch import kink_fit
-from scaling_jax.laws.lr_optimum import lr_optima
+from scaling_jax.laws.lr_optimum import find, lr_optima, lr_points, measure, minima
 
 SHARED = Path(__file__).parents[1] / os.environ.get("SCALING_JAX_SHARED", "../shared")
 GRID = 2.0 ** np.arange(-12, -5)
@@ -118,3 +120,112 @@ def test_published_sweep_cannot_tell_the_forms_apart():
     total = {form: float(np.sqrt(np.mean(np.square(values)))) for form, values in rms.items()}
     assert total["surge"] == pytest.approx(total["plateau"], rel=0.15)
     assert max(total["surge"], total["plateau"]) < total["power"]
+
+
+# ------------------------------------------------------------------------------------------------------------------- of a study's table
+
+
+def test_planted_minima_come_back_within_their_errors():
+    worlds = [(World(form=form), seed) for form in ("surge", "plateau", "power") for seed in range(2)]
+    off = []
+    for world, seed in worlds:
+        points = lr_points(world.table(seed))
+        assert len(points) == 2 * 6 * 6 and set(points["censored"]) == {""} and set(points["runs"]) == {18}
+        truth = world.best_lr(points["batch_tokens"], points["tokens"])
+        off.append(np.log(points["lr"] / truth) / points["lr_log_se"])
+        curvature = world.curvature(points["tokens"]) * world.loss(points["batch_tokens"], points["tokens"], truth, 32)
+        narrow = points["width"] == 32
+        assert np.median((points["curvature"] / curvature)[narrow]) == pytest.approx(1, rel=0.05)
+    assert 0.8 < np.concatenate(off).std() < 1.25  # 432 of them, of 72 independent sets
+
+
+@pytest.mark.parametrize(
+    ("world", "side", "beside"),
+    [
+        (World(grid_off=8.0, diverge=1e3), "low", False),
+        (World(grid_off=1 / 8), "high", False),
+        (World(diverge=0.75, lrs_each=13), "high", True),  # the best lr is not stable
+        (World(lrs_each=2), "too few", False),
+    ],
+)
+def test_a_minimum_at_the_edge_is_a_bound_and_counted(world, side, beside):
+    table = world.table()
+    points = lr_points(table)
+    assert set(points["censored"]) == {side} and points[["lr_log_se", "curvature"]].isna().all(axis=None)
+    truth = world.best_lr(points["batch_tokens"], points["tokens"])
+    if side == "low":
+        assert (points["lr"] > truth / 2**0.25).all()  # within half a step of the grid
+    if side == "high":
+        assert (points["lr"] < truth * 2**0.25).all()
+        assert points["beside_divergence"].all() == beside
+    numbers = {number.name: number.value for number in find(table).numbers}
+    assert (numbers["minima inside their grid"], numbers["censored minima"]) == (0, 72)
+    assert f"72 {'with fewer' if side == 'too few' else 'at the'}" in find(table).statements[0]
+    with pytest.raises(UserError, match="none of 72 cells has its lowest loss between two higher ones: 72 "):
+        minima(table)
+
+
+def test_draws_move_the_horizons_of_a_run_together():
+    """Of the slope of ln η* in ln T at one size and batch size: 95% intervals, in 4 studies of 12 each."""
+    world, inside = World(), []
+    for seed in range(4):
+        optima = measure(world.table(seed))
+        assert 0.6 < optima.shared < 1  # planted: 1e-3² of 1e-3² + 3e-4²
+        drawn = optima.draws(seed=seed)["log_lr"]
+        for (_, batch), cell in optima.points.groupby(["width", "batch_tokens"]):
+            x = np.log(cell["tokens"].to_numpy()) - np.log(cell["tokens"]).mean()
+            weights = x / (x @ x)
+            truth = weights @ np.log(world.best_lr(batch, cell["tokens"].to_numpy()))
+            low, high = np.percentile(drawn[:, cell.index] @ weights, [2.5, 97.5])
+            inside.append(low < truth < high)
+    assert 0.83 < np.mean(inside) <= 1
+
+
+def test_draws_of_the_horizons_of_a_run_go_together():
+    """And those of independent ones, as of a linear decay where each horizon is a run, do not."""
+    for world, together in ((World(row_sd=1e-5), True), (World(run_sd=0.0, row_sd=1e-3), False)):
+        optima = measure(world.table())
+        assert optima.shared > 0.75 if together else optima.shared < 0.15
+        drawn = optima.draws()["log_lr"]
+        cells = optima.points
+        horizons = cells.index[(cells["width"] == 64) & (cells["batch_tokens"] == 4096)]
+        near, far = np.corrcoef(drawn[:, horizons].T)[0, 1], np.corrcoef(drawn[:, [horizons[0], cells.index[0]]].T)[0, 1]
+        assert near > 0.5 if together else abs(near) < 0.25
+        assert abs(far) < 0.2  # another size and batch: other runs
+
+
+def test_an_lr_where_one_seed_diverged_counts_as_diverged():
+    table = World(seeds=2, widths=(32,), batches=(1024.0,), horizons=(2.0**19,), diverge=1e3).table()
+    whole = lr_points(table).iloc[0]
+    above = table["lr"] == table["lr"][table["lr"] > whole["lr"]].min()
+    table.loc[above & (table["seed"] == 1), ["status", "loss"]] = ["diverged", np.nan]
+    cell = measure(table).cells[0]
+    assert table["lr"][above].iloc[0] in cell.diverged and table["lr"][above].iloc[0] not in cell.lr
+    assert (len(cell.lr), len(cell.diverged)) == (8, 1)
+
+
+def test_settings_that_differ_make_cells_of_their_own():
+    first, second = World(widths=(32,)).table(), World(widths=(32,), lr_crit=0.024).table(1)
+    both = pandas.concat([first, second.assign(weight_decay=0.1, point="decayed-" + second["point"])], ignore_index=True)
+    points = lr_points(both)
+    assert len(points) == 2 * 36
+    medians = points.groupby("weight_decay")["lr"].median()
+    assert medians[0.1] / medians[0.0] == pytest.approx(2, rel=0.05)
+    with pytest.raises(UserError, match="weight_decay differ at the same size, batch_tokens and tokens"):
+        minima(both)
+
+
+def test_published_sweep_has_157_minima_inside_its_grids():
+    path = SHARED / "data" / "steplaw" / "dense_lr_bs_loss.csv"
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    points = lr_points(steplaw(path))
+    assert (points["censored"] == "").sum() == 157
+    assert points["width"].isna().all()
+
+
+def steplaw(path):
+    from scaling_jax import results
+
+    table = results.load(path, columns={"params": "N", "tokens": "D", "loss": "smooth loss"})
+    return table.assign(batch_tokens=table["bs"].astype(float) * 2048)

@@ -23,6 +23,7 @@ def test_only_finished_rows_remain_and_the_others_are_counted():
     ("columns", "need", "message"),
     [
         ({"status": ["diverged"] * 4}, ("loss",), "none of the 4 rows is finished: 4 diverged"),
+        ({"status": ["diverged"] * 4, "loss": [np.nan] * 4}, ("loss",), "none of the 4 rows is finished: 4 diverged"),
         ({"loss": [4.0, 3.5, np.nan, 3.3]}, ("loss",), "row 3: loss is nan; a finished run has a positive one (1 such rows)"),
         ({"loss": [4.0, -3.5, 3.8, 0.0]}, ("loss",), "row 2: loss is -3.5; a finished run has a positive one (2 such rows)"),
         ({"tokens": [1e7, 0.0, 1e7, 2e7]}, ("loss",), "row 2: tokens is 0; must be a positive number"),
@@ -33,7 +34,7 @@ def test_only_finished_rows_remain_and_the_others_are_counted():
             ("loss",),
             "rows 1 and 2 are one run (params=1000000.0, tokens=10000000.0, lr=0.01) with losses 4 and 3.5",
         ),
-        ({"lr": None}, ("lr", "batch_tokens"), "the table has no lr, batch_tokens; it has params, tokens, loss; --columns='lr=NAME'"),
+        ({"lr": None}, ("lr", "batch_tokens"), "the table has no lr, batch_tokens; it has params, tokens, loss"),
     ],
 )
 def test_faulty_tables(columns, need, message):

@@ -225,6 +225,14 @@ def test_a_mapping_makes_theirs_ours(theirs, tmp_path):
     assert "tokens" not in both and "derived" not in both.attrs
 
 
+def test_a_mapping_may_multiply(tmp_path):
+    pandas.DataFrame({"bs": [8, 16], "bs*2": [1.0, 2.0], "loss": [3.0, 2.0]}).to_csv(tmp_path / "t.csv", index=False)
+    for theirs, wanted in (("bs*2048", [16384.0, 32768.0]), ("bs * 1e3", [8e3, 16e3]), ("bs*2", [1.0, 2.0])):  # the last is a name there
+        assert results.load(tmp_path / "t.csv", {"batch_tokens": theirs})["batch_tokens"].tolist() == wanted
+    with pytest.raises(UserError, match="no such column there"):
+        results.load(tmp_path / "t.csv", {"batch_tokens": "size*2048"})
+
+
 @pytest.mark.parametrize("name, columns", [("point", {}), ("run", {"point": "run"})])
 def test_a_name_of_digits_is_no_number(tmp_path, name, columns):
     (tmp_path / "x.csv").write_text(f"{name},loss\n0123456789012345,1\n12e4567890123456,2\n")

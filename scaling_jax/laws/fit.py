@@ -5,8 +5,9 @@
 
 What is minimized is Σ huber_δ(residual), a sum and not a mean (Hoffmann et al. 2022, app. D.3; Besiroglu et al. 2024 on why). It is no
 likelihood: it has no AICc and no profile intervals; `likelihood` has those. Intervals come from the Bayesian bootstrap (Rubin 1981): every
-resample gives each cluster, a run with all its horizons, a weight drawn from the exponential distribution, and is fitted anew from the best
-fit and its rivals. No cluster is ever left out altogether, so that a grid keeps its corners.
+resample gives each cluster, a run with all its horizons, a random weight of mean 1, and is fitted anew from the best fit and its rivals. No
+cluster is ever left out altogether, so that a grid keeps its corners. The weights are exponential, with more variance the more leverage a
+cluster has: residuals are smaller there than errors are (MacKinnon and White 1985, HC2).
 """
 
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ LEVEL = 0.95  # of all intervals
 _Z = 1.959963985
 _FIRST, _POLISHED, _KEPT = 60, 600, 32  # iterations of every start, of the best; how many those are
 _RIVALS = 3  # optima that a resample is fitted from
+_MOST_LEVERAGE = 0.9  # beyond, a cluster alone decides something, and its weight would be 0 most of the time
 
 
 class LawFit(NamedTuple):
@@ -74,7 +76,7 @@ class LawFit(NamedTuple):
         predictions = self.draw_predictions(x)
         if len(predictions) == 0:
             return np.full(predictions.shape[1], np.nan), np.full(predictions.shape[1], np.nan)
-        low, high = np.quantile(predictions, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        low, high = np.quantile(predictions, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="weibull")
         return low, high
 
     def inside(self, x: Mapping[str, float]) -> bool:
@@ -102,7 +104,7 @@ def fit(
       starts: parameters to start from, [S, P] in natural units, instead of the form's.
 
     Returns:
-      The best of all descents. For few clusters G the bootstrap's deviations are widened by √(G/(G−P))·t(G−P)/1.96, P being the number of
+      The best of all descents. For few clusters G the bootstrap's deviations are widened by √((G+1)/G)·t(G−P)/1.96, P being the number of
       parameters: of a straight line this gives Student's interval. With G ≤ P every interval is open.
 
     Raises:
@@ -121,7 +123,8 @@ def fit(
     fitted, objective, rivals_KxP = _best(form, data.x, y, delta, starts)
     values = dict(zip(form.names, form.natural(fitted).tolist(), strict=True))
     residuals = y - _log_or_plain(form, values, data.x)
-    raw_RxP = _reweighted(form, data.x, y, bootstrap_weights(data.cluster, resamples, seed), rivals_KxP, delta)
+    leverage_G = _leverage(form, fitted, residuals, delta, data)
+    raw_RxP = _reweighted(form, data.x, y, bootstrap_weights(data.cluster, resamples, seed, leverage_G), rivals_KxP, delta)
     draws_RxP, intervals, unidentified = _intervals(form, fitted, raw_RxP, clusters)
     spread_RxP = draws_RxP if len(draws_RxP) > 1 else np.full((2, free), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -152,10 +155,11 @@ def refits(form: Form, data: Observations, rows_N: np.ndarray, weight_RxN: np.nd
     return [dict(zip(form.names, values, strict=True)) for values in form.natural(np.concatenate([fitted_P[None], again_RxP])).tolist()]
 
 
-def bootstrap_weights(cluster: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Weights of the rows, [R, n], mean 1 over clusters: exponential, one for each cluster."""
+def bootstrap_weights(cluster: np.ndarray, resamples: int, seed: int, leverage_G: np.ndarray | float = 0.0) -> np.ndarray:
+    """Weights of the rows, [R, n], one for each cluster: mean 1, variance 1/(1 − leverage), exponential without leverage."""
     clusters, cluster_N = np.unique(cluster, return_inverse=True)
-    weight_RxG = np.random.default_rng(seed).exponential(size=(resamples, len(clusters)))
+    shape = 1 - np.minimum(leverage_G, _MOST_LEVERAGE)
+    weight_RxG = np.random.default_rng(seed).gamma(shape, 1 / shape, size=(resamples, len(clusters)))
     weight_RxG *= len(clusters) / weight_RxG.sum(axis=1, keepdims=True)
     return weight_RxG[:, cluster_N]
 
@@ -217,13 +221,13 @@ def _intervals(form, fitted_P, raw_RxP, clusters):
     if spare > 0 and len(raw_RxP):
         from scipy.special import stdtrit  # only here: slow to import
 
-        widen = np.sqrt(clusters / spare) * stdtrit(spare, 1 - tail) / _Z
+        widen = np.sqrt((clusters + 1) / clusters) * stdtrit(spare, 1 - tail) / _Z
         draws_RxP = _within(fitted_P, widen * (raw_RxP - fitted_P), low_P, high_P)
     intervals = {}
     for i, parameter in enumerate(form.parameters):
         reach = 1e-3 * min(high_P[i] - low_P[i], 1e3)
         at_low, at_high = (np.mean(np.abs(draws_RxP[:, i] - bound) <= reach) if len(draws_RxP) else 1.0 for bound in (low_P[i], high_P[i]))
-        low, high = np.quantile(draws_RxP[:, i], [tail, 1 - tail]) if len(draws_RxP) else (np.nan, np.nan)
+        low, high = np.quantile(draws_RxP[:, i], [tail, 1 - tail], method="weibull") if len(draws_RxP) else (np.nan, np.nan)
         ends = [None if open_ > tail else float(form.natural(_at(fitted_P, i, end))[i]) for open_, end in ((at_low, low), (at_high, high))]
         intervals[parameter.name] = (ends[0], ends[1])
         if abs(fitted_P[i] - low_P[i]) <= reach or abs(fitted_P[i] - high_P[i]) <= reach:
@@ -239,6 +243,22 @@ def _intervals(form, fitted_P, raw_RxP, clusters):
             needed = f"{len(form.parameters)} parameters need at least {len(form.parameters) + 1}"
             unidentified[parameter.name] = f"{parameter.name} has no interval: {clusters} independent runs, and {needed}"
     return draws_RxP, intervals, unidentified
+
+
+def _leverage(form: Form, fitted_P: np.ndarray, residuals: np.ndarray, delta: float, data: Observations) -> np.ndarray:
+    """Of each cluster, how much of its own prediction its observations decide, at most: 0 to 1, [G]."""
+
+    def predict(point_P):
+        return _log_or_plain(form, dict(zip(form.names, form.natural(point_P).tolist(), strict=True)), data.x)
+
+    steps_PxP = np.diag(1e-5 * np.maximum(1.0, np.abs(fitted_P)))
+    slope_NxP = np.stack([(predict(fitted_P + step) - predict(fitted_P - step)) / (2 * step.sum()) for step in steps_PxP], axis=1)
+    pull_N = delta / np.maximum(np.abs(residuals), delta)
+    slope_NxP = np.nan_to_num(slope_NxP * np.sqrt(pull_N)[:, None])
+    basis_NxP, size_P, _ = np.linalg.svd(slope_NxP, full_matrices=False)
+    basis_NxP = basis_NxP[:, size_P > 1e-9 * size_P.max()]
+    clusters = np.unique(data.cluster)
+    return np.array([np.linalg.norm(basis_NxP[data.cluster == one], 2) ** 2 for one in clusters])
 
 
 def _within(fitted_P, move_RxP, low_P, high_P):

@@ -50,12 +50,6 @@ def checked(table: pandas.DataFrame, need: Sequence[str] = ("loss",)) -> pandas.
       UserError: a column of `need` is not there; no run is finished; a loss is missing, not finite or not positive; the rows are of
         several corpora or tokenizers; or two rows are the same run and differ in their loss.
     """
-    missing = [name for name in need if name not in table or table[name].isna().all()]
-    if missing:
-        there = ", ".join(map(str, table.columns))
-        raise UserError(
-            f"the table has no {', '.join(missing)}; it has {there}; --columns='{missing[0]}=NAME' says what it is called there"
-        )
     if len(table) == 0:
         raise UserError("the table has no rows")
     left_out: dict[str, int] = {}
@@ -66,6 +60,8 @@ def checked(table: pandas.DataFrame, need: Sequence[str] = ("loss",)) -> pandas.
         rows = table[(status == "finished").to_numpy()]
         if len(rows) == 0:
             raise UserError(f"none of the {len(table)} rows is finished: {', '.join(f'{n} {name}' for name, n in left_out.items())}")
+    if missing := [name for name in need if name not in rows or rows[name].isna().all()]:
+        raise UserError(f"the table has no {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
     loss = rows["loss"].astype(float).to_numpy() if "loss" in rows else np.ones(len(rows))
     faulty = np.flatnonzero(~(np.isfinite(loss) & (loss > 0)))
     if len(faulty):

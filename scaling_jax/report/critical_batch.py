@@ -14,9 +14,9 @@ import numpy as np
 
 from scaling_jax.errors import UserError
 from scaling_jax.laws.critical_batch import CriticalBatch, law, noise
-from scaling_jax.laws.fit import PowerLaw
 from scaling_jax.laws.law_file import write_law
 from scaling_jax.laws.noise_bins import TRANSIENT, column
+from scaling_jax.laws.power_law import PowerLaw
 from scaling_jax.laws.table import is_number
 from scaling_jax.report.branch import CRITICAL_BATCH_FILE
 from scaling_jax.report.figures import (
@@ -25,6 +25,7 @@ from scaling_jax.report.figures import (
     GREY,
     MARKER,
     VERMILLION,
+    Target,
     draw_batch,
     known_points,
     label_tokens,
@@ -97,7 +98,7 @@ def critical_batch_figure(
     found: dict[str, list[CriticalBatch]],
     laws: dict[str, PowerLaw],
     records: list[dict],
-    path: str | Path,
+    path: Target,
     summary: dict[str, Any] | None = None,
 ) -> bool:
     """The critical batch in tokens against tokens trained on, log-log, one curve a definition; beside it the noise scale of each block.
@@ -110,7 +111,7 @@ def critical_batch_figure(
       found, laws: as `critical_batches` and `write_laws` return them.
       records: training records with `tokens`, `batch_tokens` and, for the blocks, `noise_scale_tokens/layers` and
         `noise_scale_tokens_low/layers`, lists of one number a block; the same after `preconditioned_`.
-      path: the PNG to write.
+      path: the PNG to write, or files by format.
       summary: optional `name` (title).
 
     Returns:
@@ -219,7 +220,7 @@ def _draw_layers(axes, tokens: np.ndarray, values: np.ndarray, title: str, with_
     from matplotlib.ticker import MaxNLocator
 
     depth = values.shape[1]
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, depth))  # its yellow end is lost on white
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.25, 0.9, depth))  # its yellow end is lost on white, the other on black
     for block in range(depth):
         known = np.isfinite(values[:, block])
         marker = "." if known.sum() == 1 else ""

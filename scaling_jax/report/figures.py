@@ -1,20 +1,22 @@
 """Figures of one training run, drawn from its records (the lines of DIR/metrics.jsonl).
 
-Values that are None or missing (unbounded, not known yet) leave a gap, never a point. Every figure is a PNG; where there is nothing to draw
-it says so, and the function returns False.
+Values that are None or missing (unbounded, not known yet) leave a gap, never a point. Every figure is a PNG, or goes to open files of
+several formats at once; where there is nothing to draw it says so, and the function returns False.
 """
 
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from scaling_jax.laws.fit import PowerLaw
 from scaling_jax.laws.noise_bins import bins_law, bounded_bins, column
+from scaling_jax.laws.power_law import PowerLaw
+
+Target = str | Path | Mapping[str, BinaryIO]  # a PNG to write, or open files by their format: png, pdf, svg
 
 # Okabe & Ito's palette: told apart with any common form of colour blindness.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -31,16 +33,18 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 11,
     "savefig.dpi": 160,
+    "svg.hashsalt": "scaling-jax",
 }
+_DATES = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
-def loss_figure(records: list[dict], path: str | Path, summary: dict[str, Any] | None = None) -> bool:
+def loss_figure(records: list[dict], path: Target, summary: dict[str, Any] | None = None) -> bool:
     """Training loss (every record light, smoothed on top) and held-out loss with standard errors, against tokens.
 
     Args:
       records: training records with `tokens` and `loss` (nats per token), evaluations with `tokens`, `eval/<domain>/loss` and optionally
         `eval/<domain>/loss_se` and `eval/<domain>/bits_per_byte`.
-      path: the PNG to write.
+      path: the PNG to write, or files by format.
       summary: optional `name` (title) and `bits_per_token_to_byte` (bits per byte for one bit per token). Without the latter the axis in
         bits per byte comes from the evaluations, if all of them agree on the ratio.
 
@@ -81,7 +85,7 @@ def loss_figure(records: list[dict], path: str | Path, summary: dict[str, Any] |
     return True
 
 
-def noise_figure(records: list[dict], path: str | Path, summary: dict[str, Any] | None = None) -> bool:
+def noise_figure(records: list[dict], path: Target, summary: dict[str, Any] | None = None) -> bool:
     """The gradient noise scale tr Σ/|G|² in tokens against tokens trained on, log-log; beside it the same by kind of layer, if recorded.
 
     Drawn are the running estimate with its 95% band (up to the top edge where it has no upper end), the batch size, independent bins
@@ -91,7 +95,7 @@ def noise_figure(records: list[dict], path: str | Path, summary: dict[str, Any] 
     Args:
       records: training records with `noise_scale_tokens`, `noise_scale_tokens_low`, `noise_scale_tokens_high`, what `noise_bins` needs, and
         `noise_scale_tokens/<kind>` for the second panel.
-      path: the PNG to write.
+      path: the PNG to write, or files by format.
       summary: optional `name` (title).
 
     Returns:
@@ -260,7 +264,7 @@ def label_tokens(axis, low: float, high: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def no_data(path: str | Path) -> bool:
+def no_data(path: Target) -> bool:
     """A figure that says so; False."""
 
     def draw(figure):
@@ -270,12 +274,18 @@ def no_data(path: str | Path) -> bool:
     return False
 
 
-def save_figure(path: str | Path, inches: tuple[float, float], draw: Callable[[Any], None]) -> None:
-    """Draws on a figure of its own: no pyplot, so no global state and no display."""
+def save_figure(path: Target, inches: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    """Draws on a figure of its own: no pyplot, so no global state and no display. Drawn once, however many formats; no file has a date."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=inches, layout="constrained")
         draw(figure)
-        figure.savefig(path, format="png")
+        if not isinstance(path, Mapping):
+            figure.savefig(path, format="png")
+            return
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)  # laid out once for all of them
+        for kind, file in path.items():
+            figure.savefig(file, format=kind, transparent=kind == "svg", metadata=_DATES.get(kind))

@@ -43,7 +43,7 @@ def report_run(workdir: str | Path, summary: dict[str, Any]) -> Report:
     if critical_batch_figure(found, laws, records, figures / CRITICAL_BATCH_FIGURE, summary):
         drawn.append(figures / CRITICAL_BATCH_FIGURE)
     files = [("law", workdir / LAWS / f"{definition}.json") for definition in laws] + [("figure", path) for path in drawn]
-    return Report("\n".join(f"{name:<24}{value}" for name, value in [*_rows(summary), *files]), drawn)
+    return Report("\n".join(f"{name:<24}{value}" for name, value in [*summary_rows(summary), *files]), drawn)
 
 
 def draw_critical_batch(workdir: str | Path) -> Path | None:
@@ -59,7 +59,8 @@ def draw_critical_batch(workdir: str | Path) -> Path | None:
     return path if critical_batch_figure(found, write_laws(workdir, found, ["branch"]), records, path) else None
 
 
-def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run came to, as (name, value) in words; `summary` is that of summary.json."""
     rows = [
         ("status", summary["status"]),
         ("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps"),

@@ -6,7 +6,10 @@ from scaling_jax.verbs.compile import COMPILE
 from scaling_jax.verbs.coord_check import COORD_CHECK
 from scaling_jax.verbs.eval import EVAL
 from scaling_jax.verbs.export import EXPORT
+from scaling_jax.verbs.fit import FIT
 from scaling_jax.verbs.parametrization import PARAMETRIZATION
+from scaling_jax.verbs.plan import PLAN
+from scaling_jax.verbs.report import REPORT
 from scaling_jax.verbs.sample import SAMPLE
 from scaling_jax.verbs.status import STATUS
 from scaling_jax.verbs.sweep import SWEEP
@@ -24,6 +27,9 @@ VERBS: dict[str, Verb] = {
     "branch": BRANCH,
     "sweep": SWEEP,
     "status": STATUS,
+    "fit": FIT,
+    "report": REPORT,
+    "plan": PLAN,
     "eval": EVAL,
     "sample": SAMPLE,
     "export": EXPORT,

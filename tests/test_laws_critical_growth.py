@@ -1,0 +1,89 @@
+"""B_crit by tokens or by loss: the planted one collapses the sizes, and where nothing can be told that is said."""
+
+import numpy as np
+import pytest
+from worlds import World
+
+from scaling_jax.errors import UserError
+from scaling_jax.laws.critical_growth import COLUMNS, find, noise_points, observations
+
+BY_LOSS = {"noise_law": "loss", "noise_exponent": 1 / 0.21}
+
+
+@pytest.mark.parametrize(
+    ("world", "best", "other"),
+    [
+        (World(seeds=1), "growth_tokens", "growth_loss"),
+        (World(seeds=1, **BY_LOSS), "growth_loss", "growth_tokens"),
+        (World(seeds=1, widths=(32, 48, 64), batches=(256.0, 724.0, 2048.0, 8192.0), **BY_LOSS), "growth_loss", "growth_tokens"),
+    ],
+)
+def test_the_planted_law_collapses_the_sizes(world, best, other):
+    finding = find(world.table(seed=2))
+    assert finding.best == best and finding.comparison.best == best and finding.comparison.tied == [best]
+    assert finding.comparison.by == ("params" if len(world.widths) > 2 else "tokens")
+    named = {number.name: number for number in finding.numbers}
+    by, other_by = best.removeprefix("growth_"), other.removeprefix("growth_")
+    kept, left = (named[f"B_crit ∝ N^r at equal {of}"] for of in (by, other_by))
+    assert kept.low - 0.02 < 0 < kept.high + 0.02 and abs(kept.value) < 0.05
+    assert left.low * left.high > 0 and abs(left.value) > 0.15
+    assert named[f"scatter of ln B_crit about the law of {by}"].value < named[f"scatter of ln B_crit about the law of {other_by}"].value / 3
+    exponent = "tokens_exponent" if by == "tokens" else "loss_exponent"
+    low, high = finding.fits[best].intervals[exponent]
+    assert low - 0.05 < (0.5 if by == "tokens" else -1 / 0.21) < high + 0.05
+    assert f"B_crit as a function of {by} collapses the sizes" in " ".join(finding.statements)
+    assert finding.fits["growth_loss"].form.parameters[1].published == pytest.approx(-4.762, abs=1e-3)
+
+
+def test_sizes_too_alike_tell_nothing():
+    finding = find(World(widths=(32, 33), noise_sd=0.3, seeds=1).table())
+    text = " ".join(finding.statements)
+    assert "Both laws collapse the sizes within their errors" in text and "too collinear here (R² 0.9" in text
+
+
+def test_only_runs_near_the_best_lr_count():
+    table = World(seeds=1).table()
+    far = noise_points(table.assign(noise_scale_tokens=table["noise_scale_tokens"] * np.where(table["lr"] > 0, 1, 1)))
+    spoilt = table.copy()
+    best = far.groupby("batch_tokens")["runs"].sum()
+    assert len(far) == 72 and (far["runs"].between(1, 4)).all() and best.min() >= 12
+    world = World(seeds=1)
+    off = np.abs(np.log(spoilt["lr"] / world.best_lr(spoilt["batch_tokens"], spoilt["horizon_tokens"]))) > 0.6
+    assert off.mean() > 0.3
+    spoilt.loc[off, COLUMNS[0]] *= 100
+    np.testing.assert_array_equal(noise_points(spoilt)["batch_crit_tokens"], far["batch_crit_tokens"])
+
+
+def test_open_intervals_are_left_out():
+    table = World(seeds=1).table()
+    early = table["horizon_tokens"] == 2**17
+    table.loc[early, f"{COLUMNS[0]}_high"] = np.inf
+    points = noise_points(table)
+    assert points["censored"].sum() == 12 and set(points[points["censored"]]["tokens"]) == {2.0**17}
+    data = observations(table)
+    assert len(data.y) == 60 and data.x["tokens"].min() == 2**18 and len(np.unique(data.cluster)) == 12
+
+
+def test_the_preconditioned_noise_scale_is_a_law_of_its_own():
+    table = World(seeds=1).table()
+    for end in ("", "_low", "_high"):
+        table[f"{COLUMNS[1]}{end}"] = 10 * table[f"{COLUMNS[0]}{end}"]
+    finding = find(table)
+    assert set(finding.points["definition"]) == set(COLUMNS)
+    named = {number.name: number.value for number in finding.numbers}
+    assert named["preconditioned: B_crit ∝ N^r at equal tokens"] == pytest.approx(named["B_crit ∝ N^r at equal tokens"], abs=1e-6)
+    assert "Preconditioned noise scale: B_crit as a function of tokens" in finding.statements[-1]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (World(widths=(32,), seeds=1).table(), "needs at least 2 different params; there is 1: 24576"),
+        (World(horizons=(2.0**19,), seeds=1).table(), "critical batch size needs at least 3 different tokens; there is 1"),
+        (World(seeds=1).table().drop(columns=COLUMNS[0]), "the table has no noise_scale_tokens"),
+    ],
+)
+def test_what_the_table_cannot_support(table, message):
+    with pytest.raises(UserError) as caught:
+        find(table)
+    assert message in str(caught.value)
