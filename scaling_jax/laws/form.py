@@ -32,10 +32,10 @@ class Form(NamedTuple):
 
     `function` takes the parameters and the `constants` by name (natural units, scalars) and the columns `inputs` by name (arrays [n]),
     computes with jax.numpy, and returns the prediction [n] in the residual `space`: the target's logarithm where that is "log", the target
-    itself where "plain". `huber_delta` is the residual beyond which the loss grows linearly, in its units. `starts` gives the sets
-    of parameters to start from, [S, P] in natural units, from the inputs and the target; without it they are all combinations of the
-    parameters' own. `constants` are numbers that are not fitted, such as the scale at which a factor is 1: they come from the data, the
-    function does not.
+    itself where "plain". It is a function of a module, or a partial of one, so that laws.json can name it. `huber_delta` is the residual
+    beyond which the loss grows linearly, in its units. `starts` gives what to start from, [S, P] in natural units, from the inputs
+    and the target in that space; without it that is all combinations of the parameters' own. `constants` are numbers that are not
+    fitted, such as the scale at which a factor is 1: they come from the data, the function does not.
     """
 
     name: str
