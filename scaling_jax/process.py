@@ -34,6 +34,11 @@ def keep_freed_memory() -> None:
     mallopt(top_pad, 1 << 28)
 
 
+def compute_on_cpu() -> None:
+    """Before JAX starts: for work in double precision, which leaves a TPU or GPU to whoever is training on it."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, so that a second start is quick."""
     import hashlib

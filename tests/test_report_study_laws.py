@@ -351,3 +351,12 @@ def test_rivals_of_other_forms_are_dashed_and_unfitted_surfaces_say_why():
     assert "No form is fitted: too few batch sizes." in plain.caption
     with pytest.raises(UserError, match="one batch size"):
         lr.lr_against_batch(source(grid_rows(), lr_optimum=finding("o", cells[:1])))
+
+
+def test_only_bounds_are_open_triangles():
+    cells = pandas.DataFrame({"params": 1e6, "batch_tokens": 1e4, "tokens": [1e8, 1e9, 1e10, 1e11], "lr": [0.01, 0.004, 0.002, 0.03]})
+    cells = cells.assign(lr_log_se=0.1, loss=3.0, bound=["", "", "low", "high"], runs=5)
+    plot = lr.lr_against_tokens(source(grid_rows(), lr_optimum=finding("o", cells)))
+    marks = [line for line in drawn(plot).axes[0].lines if line.get_markerfacecolor() == "none"]
+    assert {line.get_marker(): line.get_xydata().tolist() for line in marks} == {"v": [[1e10, 0.002]], "^": [[1e11, 0.03]]}
+    assert "2 minima" in plot.caption and "2 bounds" in plot.caption and "T^−0.40 at B = 10k" in plot.caption

@@ -43,7 +43,8 @@ def chosen(names: str) -> list[str]:
 def analyse(
     table: pandas.DataFrame, names: Iterable[str] | None = None, progress: Callable[[str], None] | None = None
 ) -> dict[str, Finding | str]:
-    """Each analysis of a results table: what it found, or, in words, why the table does not support it."""
+    """Each analysis of a results table: what it found, or, in words, why the table does not support it. `progress` is called with the
+    name of each that begins."""
     found: dict[str, Finding | str] = {}
     for name in ANALYSES if names is None else names:
         if progress is not None:

@@ -85,7 +85,7 @@ def compare(forms: Sequence[Form], data: Observations, by: str, share: float = 0
 def _errors_sq(form: Form, data: Observations, out_N: np.ndarray, weight_RxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Squared residuals of all rows by fits to those that are not held out: of each resample [R, n], and of the plain fit [n]."""
     y = residual_space(form, data)
-    predicted = np.stack([form.predict(values, data.x) for values in refits(form, data, ~out_N, weight_RxN)])
+    predicted = form.predict_many(refits(form, data, ~out_N, weight_RxN), data.x)
     errors_sq = (y - (np.log(predicted) if form.space == "log" else predicted)) ** 2
     return errors_sq[1:], errors_sq[0]
 

@@ -63,13 +63,7 @@ class LawFit(NamedTuple):
 
     def draw_predictions(self, x: Mapping[str, ArrayLike]) -> np.ndarray:
         """The law at the inputs by every resample, [R, n]."""
-        import jax
-
-        inputs = {name: np.asarray(x[name], float)[None] for name in self.form.inputs}
-        values = {name: self.draws_RxP[:, i, None] for i, name in enumerate(self.form.names)}
-        with jax.enable_x64(True):
-            fitted = np.asarray(self.form.function(values | dict(self.form.constants), inputs), float)
-        return np.exp(fitted) if self.form.space == "log" else fitted
+        return self.form.predict_many(self.draws_RxP, x)
 
     def interval(self, x: Mapping[str, ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
         """95% interval of the law (not of a new measurement) at the inputs, two of [n]; nan where there are too few clusters for one."""
@@ -147,12 +141,12 @@ def fit(
     )
 
 
-def refits(form: Form, data: Observations, rows_N: np.ndarray, weight_RxN: np.ndarray) -> list[dict[str, float]]:
-    """The parameters that fit some of the rows (a mask, [n]) best: first with all weights 1, then with each of the weights [R, n]."""
+def refits(form: Form, data: Observations, rows_N: np.ndarray, weight_RxN: np.ndarray) -> np.ndarray:
+    """The parameters that fit some of the rows (a mask, [n]) best, [1 + R, P]: with all weights 1, then with each of the weights [R, n]."""
     y = residual_space(form, data)
-    fitted_P, _, rivals_KxP = _best(form, {name: values[rows_N] for name, values in data.x.items()}, y[rows_N], form.huber_delta)
+    fitted_P, _, rivals_KxP = _best(form, data.x, y, form.huber_delta, rows_N=rows_N)
     again_RxP = _reweighted(form, data.x, y, np.where(rows_N, weight_RxN, 0.0), rivals_KxP, form.huber_delta)
-    return [dict(zip(form.names, values, strict=True)) for values in form.natural(np.concatenate([fitted_P[None], again_RxP])).tolist()]
+    return form.natural(np.concatenate([fitted_P[None], again_RxP]))
 
 
 def bootstrap_weights(cluster: np.ndarray, resamples: int, seed: int, leverage_G: np.ndarray | float = 0.0) -> np.ndarray:
@@ -184,10 +178,13 @@ def _log_or_plain(form: Form, values: Mapping[str, float], x: Mapping[str, np.nd
     return np.log(predicted) if form.space == "log" else predicted
 
 
-def _best(form, x, y, delta, starts=None) -> tuple[np.ndarray, float, np.ndarray]:
+def _best(form, x, y, delta, starts=None, rows_N=None) -> tuple[np.ndarray, float, np.ndarray]:
     """The best fit [P], its objective, and the optima worth starting resamples from [K, P], itself first."""
-    start_SxP = form.transformed(np.atleast_2d(np.asarray(starts, float)) if starts is not None else form.all_starts(x, y))
-    weight_1xN = np.ones((1, len(y)))
+    rows_N = np.ones(len(y), bool) if rows_N is None else rows_N
+    if starts is None:
+        starts = form.all_starts({name: values[rows_N] for name, values in x.items()}, y[rows_N])
+    start_SxP = form.transformed(np.atleast_2d(np.asarray(starts, float)))
+    weight_1xN = rows_N.astype(float)[None]  # rows without weight, not fewer rows: one program for all
     first = descend(form, x, y[None], weight_1xN, start_SxP, delta, _FIRST)
     kept = np.argsort(first.objective_Q, kind="stable")[:_KEPT]
     last = descend(form, x, y[None], weight_1xN, first.fitted_QxP[kept], delta, _POLISHED)

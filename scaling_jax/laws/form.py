@@ -63,6 +63,16 @@ class Form(NamedTuple):
             fitted = np.asarray(fitted, float)
         return np.exp(fitted) if self.space == "log" else fitted
 
+    def predict_many(self, values_RxP: np.ndarray, x: Mapping[str, ArrayLike]) -> np.ndarray:
+        """The same of many sets of parameters (natural units) at once, [R, n]."""
+        import jax
+
+        values = {name: np.asarray(values_RxP, float)[:, i, None] for i, name in enumerate(self.names)}
+        with jax.enable_x64(True):
+            inputs = {name: np.asarray(x[name], float)[None] for name in self.inputs}
+            fitted = np.asarray(self.function(values | dict(self.constants), inputs), float)
+        return np.exp(fitted) if self.space == "log" else fitted
+
     def all_starts(self, x: dict[str, np.ndarray], y: np.ndarray) -> np.ndarray:
         """Parameters to start from, [S, P], in natural units."""
         if self.starts is not None:

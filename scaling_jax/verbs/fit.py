@@ -9,6 +9,7 @@ from absl import flags
 
 from scaling_jax import storage
 from scaling_jax.errors import UserError
+from scaling_jax.process import compute_on_cpu, use_compilation_cache
 from scaling_jax.verbs.columns import EXAMPLE, parse_columns
 from scaling_jax.verbs.common import Verb
 
@@ -26,6 +27,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _run(values: flags.FlagValues) -> int:
+    compute_on_cpu()
     from scaling_jax import results
     from scaling_jax.laws import catalogue, store
     from scaling_jax.laws.observations import checked
@@ -37,6 +39,7 @@ def _run(values: flags.FlagValues) -> int:
     if values.out:
         storage.directory("--out", str(Path(values.out).parent) if storage.is_local(values.out) else values.out)
     storage.directory("--data", values.data)
+    use_compilation_cache()
     table = results.load(values.data, columns=columns)
     finished = checked(table)
     for name, how in table.attrs.get("derived", {}).items():

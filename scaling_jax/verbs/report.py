@@ -4,6 +4,7 @@ from absl import flags
 
 from scaling_jax import storage
 from scaling_jax.errors import UserError
+from scaling_jax.process import compute_on_cpu, use_compilation_cache
 from scaling_jax.verbs.columns import EXAMPLE, parse_columns
 from scaling_jax.verbs.common import Verb
 
@@ -18,6 +19,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _run(values: flags.FlagValues) -> int:
+    compute_on_cpu()
     from scaling_jax import results
     from scaling_jax.laws import catalogue
     from scaling_jax.report.study import build, page, run
@@ -34,6 +36,7 @@ def _run(values: flags.FlagValues) -> int:
         raise UserError(f"--columns={values.columns}: {source} is no .csv or .parquet table; leave it out")
     out = storage.directory("--out", values.out) if values.out else source / "report"
     page.check_out(out)
+    use_compilation_cache()
     if is_table or (source / results.PLAN).exists():
         table, curves = build.load(source, columns)
         written = build.report_table(table, curves, source.stem if is_table else source.name, out, catalogue.analyse)
