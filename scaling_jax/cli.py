@@ -85,6 +85,8 @@ def _parse(name: str, argv: Sequence[str]) -> flags.FlagValues | None:
         raise UserError(f"unexpected argument {extra[0]!r}: flags are given as --flag=value")
     if "config" in values and values.config:
         values.config = (verb.load or _load)(values.config, overrides)
+    elif overrides and verb.load is None:
+        raise UserError(f"--config.{next(iter(overrides))}: --config=FILE is missing, of which that would change a field")
     return values
 
 

@@ -11,16 +11,9 @@ from scaling_jax.cli import main
 from scaling_jax.config import default_config
 from scaling_jax.errors import UserError
 from scaling_jax.pods import compile as pod_compile
-from scaling_jax.verbs import VERBS
-from scaling_jax.verbs.plan import PLAN
 from scaling_jax.verbs.plan_config import config_params, resize
 
 RUN = ["--params=1e9", "--tokens=4e10"]
-
-
-@pytest.fixture(autouse=True)
-def known_verb(monkeypatch):
-    monkeypatch.setitem(VERBS, "plan", PLAN)
 
 
 def base():

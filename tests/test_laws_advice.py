@@ -14,7 +14,6 @@ from scaling_jax.errors import UserError
 from scaling_jax.laws import catalogue, store
 from scaling_jax.laws.advice import Question, advise, doublings
 from scaling_jax.laws.chinchilla_form import BESIROGLU, allocation
-from scaling_jax.verbs.plan import tied
 
 RUN = Question(1e9, 4e10)
 
@@ -23,7 +22,7 @@ RUN = Question(1e9, 4e10)
 def advice_of(tmp_path):
     def advice(question=RUN, **changes):
         path = made_laws.write(tmp_path / "laws.json", **changes)
-        return advise(store.read(path), question, tied(path))
+        return advise(store.read(path), question)
 
     return advice
 
@@ -165,7 +164,7 @@ def off_truth(world, seed, path):
     found = catalogue.analyse(table, ["lr_surface", "batch_optimum"])
     path.write_text(json.dumps(store.record(table, found, "planted", {})))
     tokens = 8 * max(world.horizons)
-    advice = advise(store.read(path), Question(world.params(max(world.widths)), tokens), tied(path))
+    advice = advise(store.read(path), Question(world.params(max(world.widths)), tokens))
     batch = world.best_batch(tokens)
     truth = {"learning rate": world.best_lr(batch, tokens), "batch": batch}
     rows = {name: advice.row(name) for name in truth}

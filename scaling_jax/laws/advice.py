@@ -83,13 +83,12 @@ class Advice(NamedTuple):
         return all(self.row(name).value is not None for name in (LR, BATCH)) or self.row(LOSS).value is not None
 
 
-def advise(laws: Laws, question: Question, tied: Mapping[str, Sequence[str]] | None = None) -> Advice:
+def advise(laws: Laws, question: Question) -> Advice:
     """All rows for one run.
 
     Args:
       laws: of a laws.json.
       question: the run.
-      tied: by law, the forms that its comparison could not tell apart.
 
     Raises:
       UserError: a size, budget or batch is not positive.
@@ -97,10 +96,9 @@ def advise(laws: Laws, question: Question, tied: Mapping[str, Sequence[str]] | N
     for name, value in question._asdict().items():
         if value is not None and not (np.isfinite(value) and value > 0):
             raise UserError(f"--{name}={value:g}: must be a positive number")
-    tied = tied or {}
     batch, batch_R = _known(_batch, Row(BATCH, "tokens"), laws, question)
-    loss, fits = _known(_loss, Row(LOSS, "nats per token"), laws, question, tied)
-    rows = [_known(_lr, Row(LR), laws, question, tied, batch, batch_R)[0], batch]
+    loss, fits = _known(_loss, Row(LOSS, "nats per token"), laws, question)
+    rows = [_known(_lr, Row(LR), laws, question, batch, batch_R)[0], batch]
     if question.batch_tokens is not None:
         rows.append(_known(_regret, Row("cost of this batch", "nats per token"), laws, question, loss)[0])
     rows.append(_known(_stages, Row("batch schedule"), laws, question, batch)[0])
@@ -127,9 +125,9 @@ def _batch(laws: Laws, question: Question) -> tuple[Row, np.ndarray]:
     return row, fitted.draw_predictions(x)[:, 0]
 
 
-def _lr(laws: Laws, question: Question, tied, batch: Row, batch_R) -> tuple[Row, None]:
+def _lr(laws: Laws, question: Question, batch: Row, batch_R) -> tuple[Row, None]:
     """η* at the batch of the row before."""
-    rivals = _rivals(laws, "lr_surface", tied)
+    rivals = _rivals(laws, "lr_surface")
     if batch.value is None:
         raise UserError(f"needs a batch, --batch_tokens=B or B*: {batch.why}")
     if "params" not in rivals[0].form.inputs and laws.study.get("parametrization") not in _TRANSFERRED:
@@ -204,11 +202,11 @@ def doublings(tokens: float, batch_tokens: float, exponent: float, context: int 
 # ------------------------------------------------------------------------------------------------------------------- loss and what it costs
 
 
-def _loss(laws: Laws, question: Question, tied) -> tuple[Row, list[LawFit]]:
+def _loss(laws: Laws, question: Question) -> tuple[Row, list[LawFit]]:
     x, reasons = _inputs(question.params, question.tokens), []
     for law in _LOSS_LAWS:
         try:
-            rivals = _rivals(laws, law, tied)
+            rivals = _rivals(laws, law)
             value, low, high, notes = _number(law, rivals, lambda predict: predict(x)[..., 0], WIDEST_LOSS)
         except UserError as error:
             reasons.append(str(error))
@@ -329,12 +327,12 @@ def _form_of(laws: Laws, law: str, form: str) -> LawFit:
     return laws.fits[law][form]
 
 
-def _rivals(laws: Laws, law: str, tied: Mapping[str, Sequence[str]]) -> list[LawFit]:
+def _rivals(laws: Laws, law: str) -> list[LawFit]:
     """The form that plans use, and after it those that the data cannot tell from the best."""
     fits = laws.fits.get(law, {})
     if law in laws.not_fitted or not fits:
         laws.fit(law)  # raises, saying why
-    names = [name for name in tied.get(law, ()) if name in fits]
+    names = [name for name in laws.tied.get(law, ()) if name in fits]
     if laws.best.get(law) is not None:
         names = [laws.best[law], *(name for name in names if name != laws.best[law])]
     return [fits[name] for name in names or fits]

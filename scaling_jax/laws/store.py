@@ -31,11 +31,13 @@ from scaling_jax.laws.form import Form, Parameter
 FORMAT, VERSION = "scaling_jax laws", 1
 _PACKAGE = "scaling_jax.laws"
 _DRAWS = 400  # at most so many are kept
-_STUDY = ("parametrization", "schedule", "context", "vocab_size", "width", "depth", "head_dim", "warmup_tokens", "weight_decay", "data")
+_SIZES = ("params", "width", "depth", "head_dim")
+_STUDY = ("parametrization", "schedule", "context", "vocab_size", *_SIZES, "warmup_tokens", "weight_decay", "data")
 
 
 class Laws(NamedTuple):
-    """A laws.json that was read. `fits` are by law and form; `best` is the form of each law that its comparison chose, or its only one."""
+    """A laws.json that was read. `fits` are by law and form; `best` is the form of each law that its comparison chose, or its only
+    one; `tied` are the forms that it could not tell apart."""
 
     path: str
     data: dict[str, Any]
@@ -43,6 +45,7 @@ class Laws(NamedTuple):
     base: dict[str, Any]
     fits: dict[str, dict[str, LawFit]]
     best: dict[str, str | None]
+    tied: dict[str, list[str]]
     statements: dict[str, list[str]]
     numbers: dict[str, dict[str, dict[str, Any]]]
     not_fitted: dict[str, str]
@@ -181,6 +184,7 @@ def read(path: epath.PathLike) -> Laws:
             base=content["base"],
             fits={name: {key: _read_fit(entry) for key, entry in law["fits"].items()} for name, law in laws.items()},
             best={name: law["best"] for name, law in laws.items()},
+            tied={name: law["comparison"]["tied"] for name, law in laws.items() if law["comparison"]},
             statements={name: law["statements"] for name, law in laws.items()},
             numbers={name: {number["name"]: number for number in law["numbers"]} for name, law in laws.items()},
             not_fitted=content["not_fitted"],

@@ -42,7 +42,7 @@ def _run(values: flags.FlagValues) -> int:
     topology = parse_topology(values.topology, values.slices) if values.topology else None
     laws = store.read(values.laws)
     question = Question(values.params, values.tokens, values.flops, values.batch_tokens)
-    advice = advise(laws, question, tied(values.laws))
+    advice = advise(laws, question)
     rows = list(advice.rows)
     if topology is not None:
         rows += _pod_rows(values.config, laws, advice, topology)
@@ -56,12 +56,6 @@ def _run(values: flags.FlagValues) -> int:
     if not advice.told:
         raise UserError(f"{values.laws}: tells neither the learning rate and batch nor the loss of this run; what is missing is said above")
     return 0
-
-
-def tied(path: str) -> dict[str, list[str]]:
-    """By law of a laws.json, the forms that its comparison could not tell apart."""
-    laws = (storage.read_json(path) or {}).get("laws", {})
-    return {name: law["comparison"]["tied"] for name, law in laws.items() if law.get("comparison")}
 
 
 def _new_file(text: str) -> Path:
