@@ -1,6 +1,7 @@
 """What stands first in a study's report: what was run, and what came out, each number with its interval or the word that it has none."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -140,20 +141,28 @@ def _numbers(source: Source) -> list[tuple[Any, ...]]:
         numbers = (
             _of_fit(found)
             if chosen == "fit"
-            else [n for n in found.numbers if any(part == n.name or (len(part) != 1 and part in n.name) for part in chosen)]
+            else [number for number in found.numbers if re.search(chosen, number.name)]
         )
         for number in numbers[:6]:
-            known = mark("bad", "not identified") if number.value is None else mark("good", "identified")
-            if number.value is not None and number.low is None and number.high is None:
-                known = mark("plain", "no interval")
-            elif number.value is not None and (number.low is None or number.high is None):
-                known = mark("bad", "interval open")
             value = "–" if number.value is None else short(number.value)
             given = "" if number.published is None else short(number.published)
             ends = "" if number.low is None and number.high is None else interval(number.low, number.high)
             unit = f" ({number.unit})" if number.unit else ""
-            rows.append((f"{found.title[0].upper()}{found.title[1:]}: {number.name}{unit}", value, ends, given, known))
+            rows.append((f"{sentence(found.title).rstrip('.')}: {number.name}{unit}", value, ends, given, _known(number)))
     return rows
+
+
+def _known(number: Number) -> str:
+    """How well the data fix it, in a word."""
+    if number.value is None:
+        return mark("bad", "not identified")
+    if number.low is None and number.high is None:
+        return mark("plain", "no interval")
+    if number.low is None or number.high is None:
+        return mark("bad", "interval open")
+    if number.low > 0 and number.high / number.low > 10:
+        return mark("plain", f"to a factor of {math.sqrt(number.high / number.low):.2g} either way")
+    return mark("good", "identified")
 
 
 def _of_fit(found: Finding) -> list[Number]:
@@ -173,19 +182,19 @@ def _of_fit(found: Finding) -> list[Number]:
 
 
 _RIVALRIES = ("lr_surface", "critical_growth", "kaplan_n", "kaplan_nd", "chinchilla_3")
-KEYS: tuple[tuple[str, Any], ...] = (
-    ("lr_surface", ("B_crit ∝", "η_crit ∝")),
-    ("batch_optimum", ("∝",)),
-    ("critical_growth", ("∝",)),
-    ("sensitivity", ("∝",)),
-    ("width_equality", ("",)),
+KEYS: tuple[tuple[str, str], ...] = (  # "fit": the exponents of the fit; else a pattern of the numbers' names
+    ("lr_surface", "_crit ∝"),
+    ("batch_optimum", "∝"),
+    ("critical_growth", "∝"),
+    ("sensitivity", "∝"),
+    ("width_equality", ""),
     ("kaplan_n", "fit"),
     ("kaplan_d", "fit"),
     ("kaplan_c", "fit"),
     ("kaplan_nd", "fit"),
-    ("kaplan_allocation", ("measured",)),
-    ("chinchilla_1", ("a",)),
-    ("chinchilla_2", ("a",)),
+    ("kaplan_allocation", "measured"),
+    ("chinchilla_1", "^a$"),
+    ("chinchilla_2", "^a$"),
     ("chinchilla_3", "fit"),
-    ("chinchilla_3", ("a", "D/N")),
+    ("chinchilla_3", "^a$|^D/N"),
 )

@@ -140,5 +140,6 @@ def sentence(text: str) -> str:
     text = text.strip()
     if not text:
         return ""
-    first = text if "_" in (word := text.split()[0]) or len(word) == 1 else f"{text[0].upper()}{text[1:]}"
+    word = text.split()[0]
+    first = text if "_" in word or len(word) == 1 or not text[0].isascii() else f"{text[0].upper()}{text[1:]}"  # η is no word
     return first if first[-1] in ".!?:" else f"{first}."
