@@ -27,6 +27,13 @@ def test_below_the_bend_they_are_tied():
     assert len(tied) >= 5 and all("cannot be told apart" in one.statement for one in tied)
 
 
+def test_three_runs_held_out_tell_nothing():
+    data = planted(BEND, {"c": 5.0, "k": 2.0}, T[::2], 0.001, np.random.default_rng(3))
+    assert compare([LINE, BEND], data, "t", share=0.3).tied == ["bend"]
+    few = compare([LINE, BEND], data, "t", share=0.2)
+    assert few.tied == ["bend", "line"] and "from 3 independent runs, which are too few" in few.statement
+
+
 def test_whole_values_are_held_out_never_the_smaller_half():
     t = np.repeat([1.0, 2.0, 4.0, 8.0], 5)
     found = compare([LINE], planted(LINE, {"c": 1.0, "p": 0.5}, t, 0.1, np.random.default_rng(2)), "t", share=0.3)

@@ -88,14 +88,14 @@ def test_runs_are_resampled_whole():
     """Eight runs of ten points each share their error: an interval from points would be √10 too narrow."""
     rng, t = np.random.default_rng(3), np.tile(np.geomspace(1, 10, 10), 8)
     runs = np.repeat(np.arange(8), 10)
-    covered = {"runs": 0, "points": 0}
+    covered, middle = {"runs": 0, "points": 0}, {"t": np.array([np.exp(np.log(t).mean())])}
     for seed in range(100):
         data = planted(LINE, {"c": 3.0, "p": 0.5}, t, 0.02, rng)
         data = data._replace(y=data.y * np.exp(0.2 * rng.normal(size=8))[runs])
         for name, clusters in (("runs", runs), ("points", np.arange(80))):
-            low, high = fit(LINE, data._replace(cluster=clusters), seed=seed, resamples=200).intervals["c"]
-            covered[name] += low < 3.0 < high
-    assert covered["runs"] >= 89 and covered["points"] <= 80
+            low, high = fit(LINE, data._replace(cluster=clusters), seed=seed, resamples=200).interval(middle)
+            covered[name] += low[0] < 3.0 * middle["t"][0] ** 0.5 < high[0]
+    assert covered["runs"] >= 89 and covered["points"] <= 60
 
 
 def test_what_the_data_do_not_fix_is_said():
@@ -172,3 +172,38 @@ def test_constants_are_no_part_of_the_function():
 
 def _scaled(v, x):
     return jnp.log(v["c"]) + v["p"] * jnp.log(x["t"] / v["t_0"])
+
+
+TWO = Form(
+    "two",
+    "c·t^p·u^q",
+    "test",
+    "y",
+    ("t", "u"),
+    (*LINE.parameters, Parameter("q", "", "", "plain", -5, 5, (0.0,))),
+    lambda v, x: jnp.log(v["c"]) + v["p"] * jnp.log(x["t"]) + v["q"] * jnp.log(x["u"]),
+    huber_delta=1e3,
+)
+
+
+def test_powers_of_inputs_that_rise_together_are_not_told_apart():
+    rng, t = np.random.default_rng(10), np.geomspace(1, 1000, 15)
+    for scatter, told in ((0.0, False), (0.02, True)):
+        u = 20 * t * np.exp(scatter * rng.normal(size=15))
+        data = Observations({"t": t, "u": u}, 3 * t**0.8 * u**-0.3 * np.exp(1e-4 * rng.normal(size=15)), np.arange(15), "planted")
+        fitted = fit(TWO, data)
+        assert fitted.identified == told
+        low, high = fitted.interval({"t": np.array([30.0, 30.0]), "u": np.array([600.0, 6000.0])})
+        assert high[0] / low[0] < 1.001  # on the line the law is known
+        if told:
+            assert fitted.intervals["q"][0] < -0.3 < fitted.intervals["q"][1]
+        else:
+            assert set(fitted.unidentified) == {"c", "p", "q"} and fitted.intervals["p"] == (None, None)
+            assert "only together with" in fitted.unidentified["p"] and high[1] / low[1] > 1e3  # off it nothing is
+
+
+def test_what_nothing_depends_on_is_not_identified():
+    idle = TWO._replace(function=lambda v, x: jnp.log(v["c"]) + v["p"] * jnp.log(x["t"]) + 0 * v["q"])
+    t = np.geomspace(1, 1000, 15)
+    fitted = fit(idle, Observations({"t": t, "u": t}, 3 * t**0.8, np.arange(15), "planted"))
+    assert fitted.unidentified == {"q": "q is not identified: nothing in the data depends on it"}

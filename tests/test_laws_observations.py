@@ -32,7 +32,7 @@ def test_only_finished_rows_remain_and_the_others_are_counted():
         (
             {"params": [1e6] * 4, "tokens": [1e7] * 4},
             ("loss",),
-            "rows 1 and 2 are one run (params=1000000.0, tokens=10000000.0, lr=0.01) with losses 4 and 3.5",
+            "rows 1 and 4 are one run (params=1000000.0, tokens=10000000.0, lr=0.01) with losses 4 and 3.3",
         ),
         ({"lr": None}, ("lr", "batch_tokens"), "the table has no lr, batch_tokens; it has params, tokens, loss"),
     ],
@@ -41,6 +41,23 @@ def test_faulty_tables(columns, need, message):
     with pytest.raises(UserError) as caught:
         checked(table(**columns), need)
     assert message in str(caught.value)
+
+
+def test_one_run_twice_is_found_where_other_columns_are_empty():
+    twice = table(params=[1e6] * 4, tokens=[1e7, 2e7, 1e7, 2e7], weight_decay=[np.nan] * 4, loss=[4.0, 3.5, 4.0, 3.4])
+    twice.index = [7, 7, 8, 8]
+    with pytest.raises(UserError, match=r"rows 8 and 9 are one run \(params=1000000.0, tokens=20000000.0, .*losses 3.5 and 3.4"):
+        checked(twice)
+    beta = table(params=[1e6] * 4, tokens=[1e7] * 4, beta2=[0.9, 0.95, 0.9, 0.95], loss=[4.0, 3.5, 4.0, 3.5])
+    assert len(checked(beta)) == 4  # a column of few values was chosen
+
+
+def test_numbers_that_may_be_missing_become_floats():
+    rows = checked(table(horizon_tokens=pandas.array([1, 2, None, 4], dtype="Int64")))
+    assert rows["horizon_tokens"].dtype == float and np.isnan(rows["horizon_tokens"].iloc[2])
+    for column, value in (("horizon_tokens", 0), ("data_tokens", -1)):
+        with pytest.raises(UserError, match=f"row 1: {column} is {value}; must be"):
+            checked(table(**{column: [value, 1, 1, 1]}))
 
 
 def test_equal_losses_of_equal_rows_and_other_seeds_are_no_contradiction():

@@ -10,6 +10,8 @@ from scaling_jax.laws.fit import LEVEL, bootstrap_weights, refits, residual_spac
 from scaling_jax.laws.form import Form
 from scaling_jax.laws.observations import Observations
 
+_FEW = 4  # held-out runs below which nothing is told apart
+
 
 class Rival(NamedTuple):
     """`held_out` and `fitted` are root mean squares of the residuals beyond, and within, what was fitted, in the residual space. `low` and
@@ -67,14 +69,17 @@ def compare(forms: Sequence[Form], data: Observations, by: str, share: float = 0
     beyond_R = {name: _mean(sq[:, out_N], weight_RxN[:, out_N]) for name, (sq, _) in errors_sq.items()}
     order = sorted(errors_sq, key=lambda name: errors_sq[name][1][out_N].mean())
     best, rivals, tied = order[0], [], [order[0]]
+    held_out_clusters = len(np.unique(data.cluster[out_N]))
     for name in order:
         low, high = np.quantile(beyond_R[name] - beyond_R[best], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         held_out, fitted = (float(np.sqrt(errors_sq[name][1][rows].mean())) for rows in (out_N, ~out_N))
         rivals.append(Rival(name, held_out, fitted, float(low), float(high)))
-        if name != best and low <= 0:
+        if name != best and (low <= 0 or held_out_clusters < _FEW):
             tied.append(name)
     where = f"beyond {by} {beyond:.3g} ({int(out_N.sum())} points held out)"
     errors_text = ", ".join(f"{rival.form} {rival.held_out:.3g}" for rival in rivals)
+    if held_out_clusters < _FEW:
+        where += f", from {held_out_clusters} independent runs, which are too few to tell by"
     if len(tied) == 1:
         statement = f"{best} predicts best {where}: root mean square errors {errors_text}"
     else:

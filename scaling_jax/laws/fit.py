@@ -25,6 +25,7 @@ LEVEL = 0.95  # of all intervals
 _Z = 1.959963985
 _FIRST, _POLISHED, _KEPT = 60, 600, 32  # iterations of every start, of the best; how many those are
 _RIVALS = 3  # optima that a resample is fitted from
+_IDLE, _PART, _FAR = 1e-7, 0.02, 1e3  # of a direction without effect: its singular value; a parameter's part in it; how far it is followed
 _MOST_LEVERAGE = 0.9  # beyond, a cluster alone decides something, and its weight would be 0 most of the time
 
 
@@ -117,9 +118,10 @@ def fit(
     fitted, objective, rivals_KxP = _best(form, data.x, y, delta, starts)
     values = dict(zip(form.names, form.natural(fitted).tolist(), strict=True))
     residuals = y - _log_or_plain(form, values, data.x)
-    leverage_G = _leverage(form, fitted, residuals, delta, data)
+    slope_NxP = _slope(form, fitted, data.x) * np.sqrt(delta / np.maximum(np.abs(residuals), delta))[:, None]
+    leverage_G = _leverage(slope_NxP, data.cluster)
     raw_RxP = _reweighted(form, data.x, y, bootstrap_weights(data.cluster, resamples, seed, leverage_G), rivals_KxP, delta)
-    draws_RxP, intervals, unidentified = _intervals(form, fitted, raw_RxP, clusters)
+    draws_RxP, intervals, unidentified = _intervals(form, fitted, raw_RxP, clusters, _idle_directions(slope_NxP), seed)
     spread_RxP = draws_RxP if len(draws_RxP) > 1 else np.full((2, free), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         correlations = np.atleast_2d(np.corrcoef(spread_RxP.T))
@@ -209,7 +211,7 @@ def _reweighted(form, x, y, weight_RxN, rivals_KxP, delta) -> np.ndarray:
     return found.fitted_QxP.reshape(rivals, resamples, -1)[objective_KxR.argmin(axis=0), np.arange(resamples)]
 
 
-def _intervals(form, fitted_P, raw_RxP, clusters):
+def _intervals(form, fitted_P, raw_RxP, clusters, idle_KxP, seed):
     """Widened draws [R, P] of what is fitted, intervals in natural units, and what is not identified."""
     low_P, high_P = form.transformed([[p.low for p in form.parameters], [p.high for p in form.parameters]])
     unidentified: dict[str, str] = {}
@@ -220,14 +222,21 @@ def _intervals(form, fitted_P, raw_RxP, clusters):
 
         widen = np.sqrt((clusters + 1) / clusters) * stdtrit(spare, 1 - tail) / _Z
         draws_RxP = _within(fitted_P, widen * (raw_RxP - fitted_P), low_P, high_P)
+        draws_RxP = _spread(draws_RxP, idle_KxP, low_P, high_P, seed)
     intervals = {}
     for i, parameter in enumerate(form.parameters):
         reach = 1e-3 * min(high_P[i] - low_P[i], 1e3)
         at_low, at_high = (np.mean(np.abs(draws_RxP[:, i] - bound) <= reach) if len(draws_RxP) else 1.0 for bound in (low_P[i], high_P[i]))
         low, high = np.quantile(draws_RxP[:, i], [tail, 1 - tail], method="weibull") if len(draws_RxP) else (np.nan, np.nan)
         ends = [None if open_ > tail else float(form.natural(_at(fitted_P, i, end))[i]) for open_, end in ((at_low, low), (at_high, high))]
+        together = np.any(np.abs(idle_KxP) > _PART, axis=0) & np.any(np.abs(idle_KxP[:, [i]]) > _PART)
+        ends = [None, None] if together[i] else ends
         intervals[parameter.name] = (ends[0], ends[1])
-        if abs(fitted_P[i] - low_P[i]) <= reach or abs(fitted_P[i] - high_P[i]) <= reach:
+        if together[i] and len(raw_RxP):
+            others = " and ".join(name for j, name in enumerate(form.names) if together[j] and j != i)
+            why = f"the data fix it only together with {others}" if others else "nothing in the data depends on it"
+            unidentified[parameter.name] = f"{parameter.name} is not identified: {why}"
+        elif abs(fitted_P[i] - low_P[i]) <= reach or abs(fitted_P[i] - high_P[i]) <= reach:
             unidentified[parameter.name] = (
                 f"{parameter.name} is not identified: the best fit runs to the bound, {form.natural(fitted_P)[i]:.3g}"
             )
@@ -242,20 +251,38 @@ def _intervals(form, fitted_P, raw_RxP, clusters):
     return draws_RxP, intervals, unidentified
 
 
-def _leverage(form: Form, fitted_P: np.ndarray, residuals: np.ndarray, delta: float, data: Observations) -> np.ndarray:
-    """Of each cluster, how much of its own prediction its observations decide, at most: 0 to 1, [G]."""
-
-    def predict(point_P):
-        return _log_or_plain(form, dict(zip(form.names, form.natural(point_P).tolist(), strict=True)), data.x)
-
+def _slope(form: Form, fitted_P: np.ndarray, x: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Of the predictions in what is fitted, [n, P]; 0 where it is not finite."""
     steps_PxP = np.diag(1e-5 * np.maximum(1.0, np.abs(fitted_P)))
-    slope_NxP = np.stack([(predict(fitted_P + step) - predict(fitted_P - step)) / (2 * step.sum()) for step in steps_PxP], axis=1)
-    pull_N = delta / np.maximum(np.abs(residuals), delta)
-    slope_NxP = np.nan_to_num(slope_NxP * np.sqrt(pull_N)[:, None])
+    ends = form.predict_many(form.natural(np.concatenate([fitted_P + steps_PxP, fitted_P - steps_PxP])), x)
+    ends = np.log(ends) if form.space == "log" else ends
+    return np.nan_to_num((ends[: len(steps_PxP)] - ends[len(steps_PxP) :]).T / (2 * np.diag(steps_PxP)))
+
+
+def _leverage(slope_NxP: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+    """Of each cluster, how much of its own prediction its observations decide, at most: 0 to 1, [G]."""
     basis_NxP, size_P, _ = np.linalg.svd(slope_NxP, full_matrices=False)
     basis_NxP = basis_NxP[:, size_P > 1e-9 * size_P.max()]
-    clusters = np.unique(data.cluster)
-    return np.array([np.linalg.norm(basis_NxP[data.cluster == one], 2) ** 2 for one in clusters])
+    return np.array([np.linalg.norm(basis_NxP[cluster == one], 2) ** 2 for one in np.unique(cluster)])
+
+
+def _idle_directions(slope_NxP: np.ndarray) -> np.ndarray:
+    """Directions of what is fitted along which no prediction changes, [K, P]: what only together means something, as the powers of two
+    inputs that are proportional do. No descent and no resample moves along them, so they would look certain."""
+    size_P = np.linalg.norm(slope_NxP, axis=0)
+    size_P = np.where(size_P > 0, size_P, 1.0)
+    _, singular, rows_PxP = np.linalg.svd(slope_NxP / size_P, full_matrices=True)
+    idle_KxP = rows_PxP[np.concatenate([singular, np.zeros(len(rows_PxP) - len(singular))]) < _IDLE * max(singular.max(), 1e-300)]
+    return idle_KxP / size_P / np.linalg.norm(idle_KxP / size_P, axis=1, keepdims=True) if len(idle_KxP) else idle_KxP
+
+
+def _spread(draws_RxP, idle_KxP, low_P, high_P, seed):
+    """The draws moved along directions that the data leave free, anywhere between the bounds: predictions off the data are then as open."""
+    rng = np.random.default_rng(seed)
+    for idle_P in idle_KxP:
+        ahead_RxP, back_RxP = (_within(draws_RxP, np.full_like(draws_RxP, sign * _FAR) * idle_P, low_P, high_P) for sign in (1, -1))
+        draws_RxP = back_RxP + rng.uniform(size=(len(draws_RxP), 1)) * (ahead_RxP - back_RxP)
+    return draws_RxP
 
 
 def _within(fitted_P, move_RxP, low_P, high_P):

@@ -11,6 +11,7 @@ from scaling_jax.errors import UserError
 
 # Columns of which one table must have one value: losses over other text, or in other tokens, cannot be compared.
 _ONE_VALUE = ("data", "vocab_size", "tokenizer", "data.tokenizer", "data.path", "corpus", "dataset")
+_LEAST = {"params": 1, "tokens": 1, "horizon_tokens": 1, "batch_tokens": 1, "lr": 1, "data_tokens": 0}  # 0 where it may be 0
 _MEASURED = tuple(
     name
     for name in results.COLUMNS
@@ -68,12 +69,14 @@ def checked(table: pandas.DataFrame, need: Sequence[str] = ("loss",)) -> pandas.
         raise UserError(
             f"row {_label(rows, faulty[0])}: loss is {loss[faulty[0]]}; a finished run has a positive one ({len(faulty)} such rows)"
         )
-    for name in ("params", "tokens", "batch_tokens", "lr"):
+    rows = _plain(rows)
+    for name, least in _LEAST.items():
         if name in rows:
-            values = rows[name].astype(float).to_numpy()
-            faulty = np.flatnonzero(~(np.isfinite(values) & (values > 0)) & ~np.isnan(values))
-            if len(faulty):
-                raise UserError(f"row {_label(rows, faulty[0])}: {name} is {values[faulty[0]]:g}; must be a positive number")
+            values = rows[name].to_numpy(float)
+            wrong = ~np.isnan(values) & ~(np.isfinite(values) & (values >= 0 if least == 0 else values > 0))
+            if len(faulty := np.flatnonzero(wrong)):
+                what = "a positive number" if least else "0 or a positive number"
+                raise UserError(f"row {_label(rows, faulty[0])}: {name} is {values[faulty[0]]:g}; must be {what}")
     for name in _ONE_VALUE:
         if name in rows and rows[name].nunique(dropna=True) > 1:
             values = ", ".join(map(str, rows[name].dropna().unique()[:4]))
@@ -94,9 +97,7 @@ def _no_contradiction(rows: pandas.DataFrame) -> None:
     chosen = [
         name
         for name in rows.columns
-        if name not in _MEASURED
-        and not str(name).startswith(("loss_", "bits_per_byte_"))
-        and (name in results.COLUMNS or rows[name].dtype.kind in "OSUi")
+        if name not in _MEASURED and not str(name).startswith(("loss_", "bits_per_byte_")) and (name in results.COLUMNS or _few(rows[name]))
     ]
     if "point" in rows:  # a digest of the config and the data
         chosen = [name for name in ("point", "horizon_tokens", "tokens") if name in rows]
@@ -105,15 +106,34 @@ def _no_contradiction(rows: pandas.DataFrame) -> None:
     twice = rows[rows.duplicated(chosen, keep=False)]
     if len(twice) == 0:
         return
-    spread = twice.groupby(chosen, sort=False, dropna=False)["loss"].agg(["min", "max"])
-    wrong = spread[spread["max"] > spread["min"]]
-    if len(wrong):
-        first = twice[(twice[chosen] == twice.loc[twice["loss"] == wrong["max"].iloc[0], chosen].iloc[0]).all(axis=1)]
-        values = ", ".join(f"{name}={first[name].iloc[0]}" for name in chosen[:6])
-        raise UserError(
-            f"rows {_label(rows, rows.index.get_loc(first.index[0]))} and {_label(rows, rows.index.get_loc(first.index[1]))} are one run "
-            f"({values}) with losses {first['loss'].iloc[0]:g} and {first['loss'].iloc[1]:g}; a seed, or one of them, is wrong or missing"
-        )
+    run = twice.groupby(chosen, sort=False, dropna=False).ngroup().to_numpy()
+    loss = twice["loss"].to_numpy(float)
+    for one in np.unique(run):
+        mine = np.flatnonzero(run == one)
+        low, high = mine[loss[mine].argmin()], mine[loss[mine].argmax()]
+        if loss[low] < loss[high]:
+            values = ", ".join(f"{name}={twice[name].iloc[low]}" for name in chosen[:6])
+            first, second = sorted((low, high))
+            raise UserError(
+                f"rows {_label(twice, first)} and {_label(twice, second)} are one run ({values}) with losses {loss[first]:g} and "
+                f"{loss[second]:g}; one of them is wrong, or a column that tells them apart, such as seed, is missing"
+            )
+
+
+def _few(column: pandas.Series) -> bool:
+    """Whether an unknown column looks chosen and not measured: text, whole numbers, or few different values."""
+    return column.dtype.kind != "f" or 2 * column.nunique() <= len(column)
+
+
+def _plain(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """With numbers that may be missing as floats: pandas' own kinds of them do not compute with numpy."""
+    nullable = [name for name, kind in rows.dtypes.items() if pandas.api.types.is_extension_array_dtype(kind)]
+    numbers = {
+        name: rows[name].astype(float)
+        for name in nullable
+        if pandas.api.types.is_numeric_dtype(rows[name].dtype) and rows[name].isna().any()
+    }
+    return rows.assign(**numbers)
 
 
 def enough(rows: Any, points: int, what: str) -> None:

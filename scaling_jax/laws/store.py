@@ -173,10 +173,15 @@ def read(path: epath.PathLike) -> Laws:
         raise UserError(f"{path}: no such file; scaling-jax fit --data=… --law=all --out={path} makes one")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: is no laws.json; must be what scaling-jax fit wrote")
-    if content.get("version") != VERSION:
+    if content.get("version") is not VERSION:
         raise UserError(f"{path}: is of version {content.get('version')!r}, this scaling_jax reads version {VERSION}; fit the laws again")
     try:
         laws = content["laws"]
+        for name, law in laws.items():
+            if law["best"] is not None and law["best"] not in law["fits"]:
+                raise ValueError(f"{name} has no fit {law['best']!r}")
+        if not all(isinstance(content[key], dict) for key in ("data", "study", "base", "not_fitted")):
+            raise TypeError("data, study, base and not_fitted must be objects")
         return Laws(
             path=str(path),
             data=content["data"],
