@@ -207,3 +207,22 @@ def test_what_nothing_depends_on_is_not_identified():
     t = np.geomspace(1, 1000, 15)
     fitted = fit(idle, Observations({"t": t, "u": t}, 3 * t**0.8, np.arange(15), "planted"))
     assert fitted.unidentified == {"q": "q is not identified: nothing in the data depends on it"}
+
+
+def test_predictions_in_range_stay_known_along_a_curved_valley():
+    """Over a factor 4 of t, E + A·t^-α is known but E, A and α are not: parameters range widely, predictions do not."""
+    curved = Form(
+        "curved", "E + A/t^α", "test", "y", ("t",),
+        (Parameter("E", "", "", "log", 1e-6, 1e3, (0.5, 1.5)), Parameter("A", "", "", "log", 1e-6, 1e9, (1.0, 100.0)),
+         Parameter("alpha", "", "", "plain", -1, 3, (0.1, 0.5))),
+        lambda v, x: jnp.log(v["E"] + v["A"] * x["t"] ** -v["alpha"]), huber_delta=1e3,
+    )  # fmt: skip
+    t = np.geomspace(100, 400, 9)
+    widths, inside = [], 0
+    for seed in range(20):
+        fitted = fit(curved, planted(curved, {"E": 1.5, "A": 20.0, "alpha": 0.5}, t, 0.003, np.random.default_rng(seed)), seed=seed)
+        low, high = fitted.interval({"t": np.array([200.0])})
+        truth = 1.5 + 20 / np.sqrt(200)
+        widths.append(np.log(high[0] / low[0]))
+        inside += low[0] < truth < high[0]
+    assert inside >= 17 and np.median(widths) < 0.01  # 2·2.45·0.003/√9 is 0.005, of a line

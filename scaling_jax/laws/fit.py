@@ -34,9 +34,10 @@ class LawFit(NamedTuple):
 
     `values` by parameter, natural units; `intervals` their 95% intervals, an end None where the data rule out nothing up to the bound, or
     where there are too few clusters for any; `se` the standard error of what is fitted (of the logarithm, where the parameter's transform
-    is "log"). `draws_RxP` are the bootstrap's parameters in natural units, `correlations_PxP` those of what is fitted. `objective` is the
-    summed loss, `rms` and `residuals` (observed minus fitted, [n]) are in the residual space. `unidentified` has a sentence for each
-    parameter that the data do not fix: its value is not to be used. `ranges` are the smallest and largest of each input.
+    is "log"). `draws_RxP` are the bootstrap's parameters in natural units, as fitted: deviations are to be widened by `widen`, but of the
+    number that is asked for (`widened`), since parameters often lie along a curved valley. `correlations_PxP` are those of what is fitted.
+    `objective` is the summed loss, `rms` and `residuals` (observed minus fitted, [n]) are in the residual space. `unidentified` has a
+    sentence for each parameter that the data do not fix: its value is not to be used. `ranges` are the smallest and largest of each input.
     """
 
     form: Form
@@ -53,6 +54,7 @@ class LawFit(NamedTuple):
     unidentified: dict[str, str]
     ranges: dict[str, tuple[float, float]]
     origin: str
+    widen: float = 1.0
 
     @property
     def identified(self) -> bool:
@@ -63,8 +65,8 @@ class LawFit(NamedTuple):
         return self.form.predict(self.values, x)
 
     def draw_predictions(self, x: Mapping[str, ArrayLike]) -> np.ndarray:
-        """The law at the inputs by every resample, [R, n]."""
-        return self.form.predict_many(self.draws_RxP, x)
+        """The law at the inputs by every resample, [R, n], widened about the fit's."""
+        return widened(self.predict(x), self.form.predict_many(self.draws_RxP, x), self.widen, log=self.form.space == "log")
 
     def interval(self, x: Mapping[str, ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
         """95% interval of the law (not of a new measurement) at the inputs, two of [n]; nan where there are too few clusters for one."""
@@ -77,6 +79,12 @@ class LawFit(NamedTuple):
     def inside(self, x: Mapping[str, float]) -> bool:
         """Whether the inputs lie in the measured range, each by itself."""
         return all(low * (1 - 1e-9) <= x[name] <= high * (1 + 1e-9) for name, (low, high) in self.ranges.items())
+
+
+def widened(value: ArrayLike, drawn_R: np.ndarray, widen: float, log: bool = True) -> np.ndarray:
+    """Draws of a number, [R, …], their deviations from its value at the fit widened for few clusters; of its logarithm where `log`."""
+    value, drawn_R = np.asarray(value, float), np.asarray(drawn_R, float)
+    return value * (drawn_R / value) ** widen if log else value + widen * (drawn_R - value)
 
 
 def fit(
@@ -121,7 +129,9 @@ def fit(
     slope_NxP = _slope(form, fitted, data.x) * np.sqrt(delta / np.maximum(np.abs(residuals), delta))[:, None]
     leverage_G = _leverage(slope_NxP, data.cluster)
     raw_RxP = _reweighted(form, data.x, y, bootstrap_weights(data.cluster, resamples, seed, leverage_G), rivals_KxP, delta)
-    draws_RxP, intervals, unidentified = _intervals(form, fitted, raw_RxP, clusters, _idle_directions(slope_NxP), seed)
+    widen = _widening(clusters, free)
+    draws_RxP = _spread(form, raw_RxP if np.isfinite(widen) else raw_RxP[:0], _idle_directions(slope_NxP), seed)
+    intervals, unidentified = _intervals(form, fitted, draws_RxP, len(raw_RxP), clusters, widen, _idle_directions(slope_NxP))
     spread_RxP = draws_RxP if len(draws_RxP) > 1 else np.full((2, free), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         correlations = np.atleast_2d(np.corrcoef(spread_RxP.T))
@@ -129,7 +139,7 @@ def fit(
         form=form,
         values=values,
         intervals=intervals,
-        se=dict(zip(form.names, spread_RxP.std(axis=0, ddof=1).tolist(), strict=True)),
+        se=dict(zip(form.names, (widen * spread_RxP.std(axis=0, ddof=1)).tolist(), strict=True)),
         draws_RxP=form.natural(draws_RxP),
         correlations_PxP=correlations,
         objective=objective,
@@ -140,6 +150,7 @@ def fit(
         unidentified=unidentified,
         ranges={name: (float(np.min(data.x[name])), float(np.max(data.x[name]))) for name in form.inputs},
         origin=data.origin,
+        widen=widen,
     )
 
 
@@ -211,18 +222,20 @@ def _reweighted(form, x, y, weight_RxN, rivals_KxP, delta) -> np.ndarray:
     return found.fitted_QxP.reshape(rivals, resamples, -1)[objective_KxR.argmin(axis=0), np.arange(resamples)]
 
 
-def _intervals(form, fitted_P, raw_RxP, clusters, idle_KxP, seed):
-    """Widened draws [R, P] of what is fitted, intervals in natural units, and what is not identified."""
+def _widening(clusters: int, free: int) -> float:
+    """Of the bootstrap's deviations for few clusters; inf where there are too few for any interval."""
+    from scipy.special import stdtrit  # only here: slow to import
+
+    return float(np.sqrt((clusters + 1) / clusters) * stdtrit(clusters - free, (1 + LEVEL) / 2) / _Z) if clusters > free else np.inf
+
+
+def _intervals(form, fitted_P, draws_RxP, resamples, clusters, widen, idle_KxP):
+    """Intervals in natural units, each parameter by itself, and what is not identified."""
     low_P, high_P = form.transformed([[p.low for p in form.parameters], [p.high for p in form.parameters]])
     unidentified: dict[str, str] = {}
-    tail, spare = (1 - LEVEL) / 2, clusters - len(fitted_P)
-    draws_RxP = np.zeros((0, len(fitted_P)))
-    if spare > 0 and len(raw_RxP):
-        from scipy.special import stdtrit  # only here: slow to import
-
-        widen = np.sqrt((clusters + 1) / clusters) * stdtrit(spare, 1 - tail) / _Z
-        draws_RxP = _within(fitted_P, widen * (raw_RxP - fitted_P), low_P, high_P)
-        draws_RxP = _spread(draws_RxP, idle_KxP, low_P, high_P, seed)
+    tail = (1 - LEVEL) / 2
+    if len(draws_RxP):
+        draws_RxP = np.clip(fitted_P + widen * (draws_RxP - fitted_P), low_P, high_P)
     intervals = {}
     for i, parameter in enumerate(form.parameters):
         reach = 1e-3 * min(high_P[i] - low_P[i], 1e3)
@@ -232,7 +245,7 @@ def _intervals(form, fitted_P, raw_RxP, clusters, idle_KxP, seed):
         together = np.any(np.abs(idle_KxP) > _PART, axis=0) & np.any(np.abs(idle_KxP[:, [i]]) > _PART)
         ends = [None, None] if together[i] else ends
         intervals[parameter.name] = (ends[0], ends[1])
-        if together[i] and len(raw_RxP):
+        if together[i] and resamples:
             others = " and ".join(name for j, name in enumerate(form.names) if together[j] and j != i)
             why = f"the data fix it only together with {others}" if others else "nothing in the data depends on it"
             unidentified[parameter.name] = f"{parameter.name} is not identified: {why}"
@@ -245,10 +258,10 @@ def _intervals(form, fitted_P, raw_RxP, clusters, idle_KxP, seed):
         elif len(draws_RxP) and None in ends:
             known = f"above {ends[0]:.3g}" if ends[0] is not None else f"below {ends[1]:.3g}"
             unidentified[parameter.name] = f"{parameter.name} is not identified: the data say no more than {known}"
-        elif not len(draws_RxP) and len(raw_RxP):
+        elif not len(draws_RxP) and resamples:
             needed = f"{len(form.parameters)} parameters need at least {len(form.parameters) + 1}"
             unidentified[parameter.name] = f"{parameter.name} has no interval: {clusters} independent runs, and {needed}"
-    return draws_RxP, intervals, unidentified
+    return intervals, unidentified
 
 
 def _slope(form: Form, fitted_P: np.ndarray, x: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -276,8 +289,9 @@ def _idle_directions(slope_NxP: np.ndarray) -> np.ndarray:
     return idle_KxP / size_P / np.linalg.norm(idle_KxP / size_P, axis=1, keepdims=True) if len(idle_KxP) else idle_KxP
 
 
-def _spread(draws_RxP, idle_KxP, low_P, high_P, seed):
+def _spread(form, draws_RxP, idle_KxP, seed):
     """The draws moved along directions that the data leave free, anywhere between the bounds: predictions off the data are then as open."""
+    low_P, high_P = form.transformed([[p.low for p in form.parameters], [p.high for p in form.parameters]])
     rng = np.random.default_rng(seed)
     for idle_P in idle_KxP:
         ahead_RxP, back_RxP = (_within(draws_RxP, np.full_like(draws_RxP, sign * _FAR) * idle_P, low_P, high_P) for sign in (1, -1))
@@ -286,7 +300,7 @@ def _spread(draws_RxP, idle_KxP, low_P, high_P, seed):
 
 
 def _within(fitted_P, move_RxP, low_P, high_P):
-    """From the fit along each move, as far as the bounds let it go: together, or parameters that only their ratio fixes would part."""
+    """From each point along its move, as far as the bounds let it go."""
     room_RxP = np.where(move_RxP > 0, high_P - fitted_P, fitted_P - low_P)
     with np.errstate(divide="ignore", invalid="ignore"):
         share_RxP = np.where(move_RxP != 0, room_RxP / np.abs(move_RxP), np.inf)

@@ -1,7 +1,8 @@
 """laws.json: what was fitted, to which data, with which intervals; what plans and reports read.
 
     {"format": "scaling_jax laws", "version": 1,
-     "data": {"path", "fingerprint", "rows", "finished", "derived"}, "study": {column: its one value}, "base": {field: value},
+     "data": {"path", "fingerprint", "rows", "finished", "derived"}, "ranges": {column: [least, most]},
+     "study": {column: its one value}, "base": {field: value},
      "laws": {name: {"title", "source", "runs", "best", "statements", "numbers", "comparison", "fits": {form: …}}},
      "not_fitted": {name: why}}
 
@@ -30,17 +31,20 @@ from scaling_jax.laws.form import Form, Parameter
 
 FORMAT, VERSION = "scaling_jax laws", 1
 _PACKAGE = "scaling_jax.laws"
+_RANGES = ("params", "tokens", "batch_tokens", "lr")
 _DRAWS = 400  # at most so many are kept
 _SIZES = ("params", "width", "depth", "head_dim")
 _STUDY = ("parametrization", "schedule", "context", "vocab_size", *_SIZES, "warmup_tokens", "weight_decay", "data")
 
 
 class Laws(NamedTuple):
-    """A laws.json that was read. `fits` are by law and form; `best` is the form of each law that its comparison chose, or its only
+    """A laws.json that was read. `fits` are by law and form; `ranges` are the least and most of columns of the
+    finished rows. `best` is the form of each law that its comparison chose, or its only
     one; `tied` are the forms that it could not tell apart."""
 
     path: str
     data: dict[str, Any]
+    ranges: dict[str, tuple[float, float]]
     study: dict[str, Any]
     base: dict[str, Any]
     fits: dict[str, dict[str, LawFit]]
@@ -86,6 +90,7 @@ def record(table: pandas.DataFrame, found: Mapping[str, Finding | str], path: st
             "finished": finished,
             "derived": table.attrs.get("derived", {}),
         },
+        "ranges": {name: _range(table, name) for name in _RANGES if name in table and _range(table, name)},
         "study": {name: _plain(values[0]) for name, values in one.items() if len(values) == 1},
         "base": dict(base),
         "laws": {name: _finding(finding) for name, finding in found.items() if isinstance(finding, Finding)},
@@ -96,6 +101,13 @@ def record(table: pandas.DataFrame, found: Mapping[str, Finding | str], path: st
 def write(path: epath.PathLike, content: Mapping[str, Any]) -> None:
     """Writes laws.json, whole or not at all."""
     storage.write_json(path, dict(content))
+
+
+def _range(table: pandas.DataFrame, name: str) -> list[float]:
+    """The smallest and largest of a column in finished rows; [] where none is known."""
+    rows = table[(table["status"] == "finished").fillna(False).to_numpy(bool)] if "status" in table else table
+    values = rows[name].dropna().to_numpy(float)
+    return [float(values.min()), float(values.max())] if len(values) else []
 
 
 def _plain(value: Any) -> Any:
@@ -157,6 +169,7 @@ def _fit(fitted: LawFit) -> dict[str, Any]:
         "points": fitted.points,
         "clusters": fitted.clusters,
         "origin": fitted.origin,
+        "widen": _rounded(fitted.widen),
         "correlations": [[_rounded(value) for value in row] for row in fitted.correlations_PxP.tolist()],
         "draws": [" ".join(f"{value:.6g}" for value in row) for row in fitted.draws_RxP[:_DRAWS].tolist()],
     }
@@ -185,6 +198,7 @@ def read(path: epath.PathLike) -> Laws:
         return Laws(
             path=str(path),
             data=content["data"],
+            ranges={name: (float(low), float(high)) for name, (low, high) in content["ranges"].items()},
             study=content["study"],
             base=content["base"],
             fits={name: {key: _read_fit(entry) for key, entry in law["fits"].items()} for name, law in laws.items()},
@@ -232,6 +246,7 @@ def _read_fit(entry: Mapping[str, Any]) -> LawFit:
         unidentified={name: parameters[name]["not_identified"] for name in form_.names if parameters[name]["not_identified"]},
         ranges={name: (float(low), float(high)) for name, (low, high) in entry["ranges"].items()},
         origin=entry["origin"],
+        widen=float("inf") if entry["widen"] is None else float(entry["widen"]),
     )
 
 
