@@ -127,8 +127,8 @@ def load(path: epath.PathLike, columns: Mapping[str, str] | None = None, require
     if not any(name in COLUMNS for name in table.columns):  # of no use to anybody who knows our names
         required = required or ["params", "tokens", "loss"]
     if missing := [name for name in required if name not in table]:
-        mapping = ", ".join(f"{name!r}: 'NAME'" for name in missing)
-        raise UserError(f"{path}: has no {', '.join(missing)}; give columns={{{mapping}}} with the names there: {_names(table.columns)}")
+        mapping = ", ".join(f"{name}=NAME" for name in missing)
+        raise UserError(f"{path}: has no {', '.join(missing)}; columns must say {mapping}, with the names there: {_names(table.columns)}")
     table.attrs = attrs
     return table
 
@@ -204,6 +204,9 @@ def _read_all(files: Iterable[epath.Path]) -> list[Any]:
 def _study_table(directory: epath.Path) -> pandas.DataFrame:
     plan = _read_plan(directory)
     states = dict(zip(plan["groups"], _read_all(directory / "groups" / name / "group.json" for name in plan["groups"]), strict=True))
+    for name, state in states.items():
+        if not isinstance(state, dict):
+            raise UserError(f"{directory / 'groups' / name / 'group.json'}: damaged: not the record that scaling_jax wrote; restore it")
     cells: dict[str, dict[int, dict[str, Any]]] = {point: {} for point in plan["points"]}
     for name, group in plan["groups"].items():
         sizes = plan["classes"].get(group["class"], {})
@@ -292,7 +295,7 @@ def _renamed(table: pandas.DataFrame, path: epath.Path, columns: Mapping[str, st
         if theirs not in table:
             close = difflib.get_close_matches(str(theirs), list(map(str, table.columns)), n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise UserError(f"{path}: columns={{{ours!r}: {theirs!r}}}: no such column there{hint}; there are {_names(table.columns)}")
+            raise UserError(f"{path}: columns {ours}={theirs}: no such column there{hint}; there are {_names(table.columns)}")
     taken = {**{theirs: None for theirs in columns.values()}, **{ours: None for ours in columns}}
     kept = [name for name in table.columns if name not in taken]
     mapped = {ours: table[theirs] for ours, theirs in columns.items()}

@@ -54,6 +54,18 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def check_writable(path: epath.PathLike) -> None:
+    """UserError where `write_bytes` could not write the file, as far as its directory shows; nothing is made. A bucket is not asked."""
+    if not is_local(path):
+        return
+    above = Path(path).absolute().parent
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "is no directory" if not above.is_dir() else "may not be written"
+        raise UserError(f"{path}: cannot be written: {above} {why}")
+
+
 def write_json(path: epath.PathLike, value: Any) -> None:
     """The same of a value as JSON; tuples become lists."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -1,12 +1,14 @@
 """`scaling-jax fit`, in this process: a table's laws with intervals, and every bad input in one message with exit code 2."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 
 from scaling_jax.cli import main
+from scaling_jax.laws import catalogue
 from scaling_jax.verbs.columns import parse_columns
 
 SIZES = np.geomspace(1e5, 1e9, 12)
@@ -70,10 +72,41 @@ def test_no_data(tmp_path, capsys):
     assert main(["fit", str(tmp_path)]) == 2 and "holds no study" in capsys.readouterr().err
 
 
-def test_out_that_cannot_be_written(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file/laws.json", "cannot be written: "),
+        ("theirs.csv", "theirs.csv: is there already and is no laws.json; nothing is overwritten"),
+        ("notes.json", "notes.json: is there already and is no laws.json"),
+        (".", "is a directory; must be a file, for example "),
+    ],
+)
+def test_out_that_is_no_place_for_laws(tmp_path, capsys, monkeypatch, out, message):
+    """Said before anything is fitted, and nothing is lost."""
+    monkeypatch.setattr(catalogue, "analyse", None)
     (tmp_path / "file").write_text("")
-    assert main(["fit", write(tmp_path / "theirs.csv"), COLUMNS, "--law=kaplan_n", f"--out={tmp_path}/file/laws.json"]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    data = write(tmp_path / "theirs.csv")
+    before = Path(data).read_bytes()
+    assert main(["fit", data, COLUMNS, "--law=kaplan_n", f"--out={tmp_path / out}"]) == 2
+    assert message in capsys.readouterr().err
+    assert Path(data).read_bytes() == before and (tmp_path / "notes.json").read_text() == '{"mine": 1}'
+
+
+def test_earlier_laws_are_replaced(tmp_path):
+    data, out = write(tmp_path / "theirs.csv"), tmp_path / "new" / "laws.json"
+    for _ in range(2):
+        assert main(["fit", data, COLUMNS, "--law=kaplan_n", f"--out={out}"]) == 0
+
+
+def test_too_few_points_for_any_law(tmp_path, capsys):
+    rows = pandas.DataFrame(
+        {"params": [1e6] * 3, "tokens": [1e7] * 3, "batch_tokens": [1024] * 3, "lr": [1e-3, 2e-3, 4e-3], "loss": [3.0, 2.9, 2.8]}
+    )
+    rows.to_csv(tmp_path / "few.csv", index=False)
+    assert main(["fit", str(tmp_path / "few.csv"), f"--out={tmp_path}/laws.json"]) == 2
+    assert "none of the laws can be fitted to its 3 finished rows" in capsys.readouterr().err
+    assert not (tmp_path / "laws.json").exists()
 
 
 def test_columns():

@@ -68,6 +68,7 @@ def test_a_study_keeps_what_all_its_rows_share(table, found):
     ("change", "message"),
     [
         (None, "no such file; scaling-jax fit"),
+        (lambda c: None, "is no laws.json"),
         (lambda c: [1], "is no laws.json; must be what scaling-jax fit wrote"),
         (lambda c: c | {"format": "laws"}, "is no laws.json"),
         (lambda c: c | {"version": 2}, "is of version 2, this scaling_jax reads version 1; fit the laws again"),
@@ -77,6 +78,8 @@ def test_a_study_keeps_what_all_its_rows_share(table, found):
         (lambda c: c | {"study": None}, "damaged (TypeError: data, study, base and not_fitted must be objects)"),
         (lambda c: c | {"laws": {"kaplan_n": c["laws"]["kaplan_n"] | {"best": "other"}}}, "kaplan_n has no fit 'other'"),
         (lambda c: _with(c, "function", {"name": "fit.np.load", "with": {}}), "damaged (ValueError: no function 'fit.np.load')"),
+        (lambda c: _with(c, "function", {"name": "fit.fit", "with": {}}), "damaged (AttributeError: "),
+        (lambda c: _with(c, "ranges", {"params": [0, 0]}), "damaged (ValueError: kaplan_n has ranges"),
         (lambda c: _with(c, "draws", ["1 2 3"]), "damaged (ValueError: "),
     ],
 )

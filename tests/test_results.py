@@ -255,14 +255,14 @@ def test_a_study_can_be_read_by_the_loss_of_another_domain(study):
         (
             {"params": "Model size"},
             (),
-            "columns={'params': 'Model size'}: no such column there (did you mean 'Model Size'?); there",
+            "columns params=Model size: no such column there (did you mean 'Model Size'?); there",
         ),
         (
             {},
             ("params", "loss", "lr"),
-            "has no params, lr; give columns={'params': 'NAME', 'lr': 'NAME'} with the names there: 'Mo",
+            "has no params, lr; columns must say params=NAME, lr=NAME, with the names there: 'Mo",
         ),
-        ({}, ("tokens",), "has no tokens; give columns={'tokens': 'NAME'}"),
+        ({}, ("tokens",), "has no tokens; columns must say tokens=NAME, "),
         ({"params": "colour"}, (), "row 1: colour is 'red': must be a number, or empty"),
     ],
 )
@@ -304,7 +304,7 @@ def test_the_table_is_read_without_jax():
 
 def test_a_file_with_no_column_of_ours_is_told_what_to_map(tmp_path):
     (tmp_path / "theirs.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="theirs.csv: .*params, tokens, loss.*columns="):
+    with pytest.raises(UserError, match="theirs.csv: .*params, tokens, loss.*columns must say params=NAME"):
         results.load(tmp_path / "theirs.csv")
     (tmp_path / "some.csv").write_text("a,lr\n1,2\n")
     assert results.load(tmp_path / "some.csv")["lr"].tolist() == [2]

@@ -98,6 +98,21 @@ def record(table: pandas.DataFrame, found: Mapping[str, Finding | str], path: st
     }
 
 
+def check_writable(path: epath.PathLike) -> None:
+    """UserError where laws.json cannot be written there, or is something else: so that it is said before anything is fitted."""
+    path = epath.Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; must be a file, for example {path / 'laws.json'}")
+    if path.exists():
+        try:
+            content = storage.read_json(path)
+        except UserError:
+            content = None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{path}: is there already and is no laws.json; nothing is overwritten, give another name")
+    storage.check_writable(path)
+
+
 def write(path: epath.PathLike, content: Mapping[str, Any]) -> None:
     """Writes laws.json, whole or not at all."""
     storage.write_json(path, dict(content))
@@ -181,8 +196,8 @@ def read(path: epath.PathLike) -> Laws:
     Raises:
       UserError: no such file, no laws.json, one of another version, or a damaged one; names the file and what is wrong.
     """
-    content = storage.read_json(path, mend="fit the laws again")
-    if content is None:
+    content = storage.read_json(path, default=FileNotFoundError, mend="fit the laws again")
+    if content is FileNotFoundError:
         raise UserError(f"{path}: no such file; scaling-jax fit --data=… --law=all --out={path} makes one")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: is no laws.json; must be what scaling-jax fit wrote")
@@ -208,7 +223,7 @@ def read(path: epath.PathLike) -> Laws:
             numbers={name: {number["name"]: number for number in law["numbers"]} for name, law in laws.items()},
             not_fitted=content["not_fitted"],
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever a form's function makes of what is not its own
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); fit the laws again") from None
 
 
@@ -229,11 +244,16 @@ def _read_fit(entry: Mapping[str, Any]) -> LawFit:
     draws = np.array([[float(value) for value in row.split()] for row in entry["draws"]]).reshape(-1, len(form_.names))
     nan = float("nan")
     correlations = [[nan if value is None else value for value in row] for row in entry["correlations"]]
+    ranges = {name: (float(low), float(high)) for name, (low, high) in entry["ranges"].items()}
+    if not all(0 < low <= high < np.inf for low, high in ranges.values()):
+        raise ValueError(f"{form_.name} has ranges {ranges}")
+    values = {name: float(parameters[name]["value"]) for name in form_.names}
+    form_.predict(values, {name: [low] for name, (low, _) in ranges.items()})  # whether the function is one of a law
     with np.errstate(divide="ignore", invalid="ignore"):
         spread = form_.transformed(draws).std(axis=0, ddof=1) if len(draws) > 1 else np.full(len(form_.names), nan)
     return LawFit(
         form=form_,
-        values={name: float(parameters[name]["value"]) for name in form_.names},
+        values=values,
         intervals={name: (parameters[name]["low"], parameters[name]["high"]) for name in form_.names},
         se=dict(zip(form_.names, spread.tolist(), strict=True)),
         draws_RxP=draws,
@@ -244,7 +264,7 @@ def _read_fit(entry: Mapping[str, Any]) -> LawFit:
         points=int(entry["points"]),
         clusters=int(entry["clusters"]),
         unidentified={name: parameters[name]["not_identified"] for name in form_.names if parameters[name]["not_identified"]},
-        ranges={name: (float(low), float(high)) for name, (low, high) in entry["ranges"].items()},
+        ranges=ranges,
         origin=entry["origin"],
         widen=float("inf") if entry["widen"] is None else float(entry["widen"]),
     )

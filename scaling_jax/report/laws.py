@@ -30,7 +30,8 @@ def fit_rows(name: str, fitted: LawFit) -> list[tuple[str, ...]]:
         remark = "not identified" if parameter.name in fitted.unidentified else ""
         published = "" if parameter.published is None else number(parameter.published)
         unit = f" {parameter.unit}" if parameter.unit else ""
-        rows.append((name, parameter.name, number(fitted.values[parameter.name]) + unit, interval(low, high), published, remark))
+        value = "" if remark else number(fitted.values[parameter.name]) + unit
+        rows.append((name, parameter.name, value, interval(low, high), published, remark))
     return rows
 
 

@@ -16,6 +16,8 @@ from scaling_jax.verbs.common import Verb
 if TYPE_CHECKING:
     import pandas
 
+    from scaling_jax.laws.finding import Finding
+
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
@@ -37,7 +39,7 @@ def _run(values: flags.FlagValues) -> int:
         raise UserError("DATA is missing: scaling-jax fit DATA, a study's directory or a table")
     names, columns = catalogue.chosen(values.law), parse_columns(values.columns)
     if values.out:
-        storage.directory("--out", str(Path(values.out).parent) if storage.is_local(values.out) else values.out)
+        store.check_writable(values.out)
     storage.directory("--data", values.data)
     use_compilation_cache()
     table = results.load(values.data, columns=columns)
@@ -52,8 +54,8 @@ def _run(values: flags.FlagValues) -> int:
     found = catalogue.analyse(table, names, progress)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    if not any(not isinstance(finding, str) for finding in found.values()):
-        if len(found) == 1:
+    if not any(_tells(finding) for finding in found.values()):
+        if len(found) == 1 and isinstance(found[names[0]], str):
             raise UserError(f"{values.data}: {names[0]}: {found[names[0]]}{_mapping(catalogue.ANALYSES[names[0]].needs, table)}")
         print(laws_text(found))
         raise UserError(f"{values.data}: none of the laws can be fitted to its {len(finished)} finished rows")
@@ -63,6 +65,14 @@ def _run(values: flags.FlagValues) -> int:
         store.write(values.out, store.record(table, found, str(values.data), base))
         print(f"\nlaws    {values.out}")
     return 0
+
+
+def _tells(finding: "Finding | str") -> bool:
+    """Whether it has a number with an interval."""
+    if isinstance(finding, str):
+        return False
+    fits = any(fitted.identified and len(fitted.draws_RxP) for fitted in finding.fits.values())
+    return fits or any(one.value is not None and (one.low is not None or one.high is not None) for one in finding.numbers)
 
 
 def _mapping(needs: Sequence[str], table: "pandas.DataFrame") -> str:

@@ -36,6 +36,7 @@ def _run(values: flags.FlagValues) -> int:
         raise UserError(f"--columns={values.columns}: {source} is no .csv or .parquet table; leave it out")
     out = storage.directory("--out", values.out) if values.out else source / "report"
     page.check_out(out)
+    storage.check_writable(out / "index.html")
     use_compilation_cache()
     if is_table or (source / results.PLAN).exists():
         table, curves = build.load(source, columns)
