@@ -62,7 +62,9 @@ def checked(table: pandas.DataFrame, need: Sequence[str] = ("loss",)) -> pandas.
         if len(rows) == 0:
             raise UserError(f"none of the {len(table)} rows is finished: {', '.join(f'{n} {name}' for name, n in left_out.items())}")
     if missing := [name for name in need if name not in rows or rows[name].isna().all()]:
-        raise UserError(f"the table has no {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+        empty = all(name in rows for name in missing)
+        there = "it is empty in all finished rows" if empty else f"it has {', '.join(map(str, table.columns))}"
+        raise UserError(f"the table has no {', '.join(missing)}; {there}")
     loss = rows["loss"].astype(float).to_numpy() if "loss" in rows else np.ones(len(rows))
     faulty = np.flatnonzero(~(np.isfinite(loss) & (loss > 0)))
     if len(faulty):

@@ -64,10 +64,18 @@ def _finding_text(finding: Finding) -> str:
         widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head) - 1)]
         for line in (head, *rows):
             lines.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, (*widths, 0), strict=True)).rstrip())
-    lines += [_wrapped(sentence, "  ") for sentence in finding.statements]
-    for fitted in finding.fits.values():
-        lines += [_wrapped(sentence, "  ") for sentence in fitted.unidentified.values()]
-    return "\n".join(lines)
+    unknown = {sentence for fitted in finding.fits.values() for sentence in fitted.unidentified.values()}
+    said = [sentence for sentence in finding.statements if sentence not in unknown]
+    said += [sentence for name, fitted in finding.fits.items() for sentence in unidentified(name, fitted)]
+    return "\n".join([*lines, *(_wrapped(sentence, "  ") for sentence in said)])
+
+
+def unidentified(name: str, fitted: LawFit) -> list[str]:
+    """What is not identified, one sentence for all parameters that share their reason."""
+    by_reason: dict[str, list[str]] = {}
+    for parameter, sentence in fitted.unidentified.items():
+        by_reason.setdefault(sentence.removeprefix(f"{parameter} "), []).append(parameter)
+    return [f"{name}: {', '.join(parameters)} {reason}" for reason, parameters in by_reason.items()]
 
 
 def _wrapped(text: str, indent: str) -> str:

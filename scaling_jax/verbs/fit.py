@@ -68,9 +68,11 @@ def _run(values: flags.FlagValues) -> int:
 
 
 def _tells(finding: "Finding | str") -> bool:
-    """Whether it has a number with an interval."""
+    """Whether it has a number with an interval, or, fitting nothing, a measured one."""
     if isinstance(finding, str):
         return False
+    if not finding.fits:
+        return any(one.value is not None for one in finding.numbers)
     fits = any(fitted.identified and len(fitted.draws_RxP) for fitted in finding.fits.values())
     return fits or any(one.value is not None and (one.low is not None or one.high is not None) for one in finding.numbers)
 
