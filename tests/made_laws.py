@@ -20,7 +20,7 @@ POWER = {"lr": 0.005, "batch_exponent": 0.3, "tokens_exponent": -0.25}
 BATCH = {"batch": 6e4, "tokens_exponent": 0.4}
 CURVATURE = {"curvature": 0.2, "tokens_exponent": -0.1}
 GROWTH = {"batch_crit": 2e5, "tokens_exponent": 0.5}
-SHARES = Number("loss of a factor 2 in B, relative", 2e-3, 1e-3, 4e-3)
+SHARES = {"": 2e-3, ", least": 1e-3, ", most": 4e-3}  # what a factor 2 in B costs, relative
 
 
 def fitted(form, values, se, ranges, unidentified=(), resamples=400):
@@ -58,7 +58,7 @@ def findings(**changes):
         tied = name in changes and len(fits) > 1
         names = list(fits)
         comparison = Comparison("tokens", 1e9, 9, 12, [], names[0], names if tied else names[:1], "made")
-        numbers = [SHARES] if name == "batch_optimum" else []
+        numbers = [Number(f"loss of a factor 2 in B, relative{end}", v) for end, v in SHARES.items()] if name == "batch_optimum" else []
         found[name] = Finding(name, name, fits, names[0], numbers, [], pandas.DataFrame(), 36, comparison)
     said = ["η* under mup: no difference between widths is shown."]
     found["width_equality"] = Finding("width_equality", "widths", {}, None, [], said, pandas.DataFrame(), 36)
@@ -66,8 +66,15 @@ def findings(**changes):
     return {name: finding for name, finding in found.items() if changes.get(name, finding) is not None}
 
 
-def write(path: Path, base=None, parametrization="mup", **changes) -> Path:
-    """A laws.json of them."""
-    table = pandas.DataFrame({"loss": [3.0, 2.9], "status": "finished", "parametrization": parametrization, "context": 64})
+def surge_lr(batch, tokens):
+    """The lr by `SURGE`."""
+    ratio = batch / (SURGE["batch_crit"] * (tokens / T0) ** SURGE["batch_crit_tokens_exponent"])
+    return SURGE["lr_crit"] * (tokens / T0) ** SURGE["lr_crit_tokens_exponent"] * 2 / (np.sqrt(ratio) + 1 / np.sqrt(ratio))
+
+
+def write(path: Path, base=None, parametrization="mup", params=PARAMS, **changes) -> Path:
+    """A laws.json of them, of a table with sizes from and to `params`."""
+    ends = {"params": params, "tokens": TOKENS, "batch_tokens": BATCHES}
+    table = pandas.DataFrame({**ends, "loss": [3.0, 2.9], "status": "finished", "parametrization": parametrization, "context": 64})
     store.write(path, store.record(table, findings(**changes), "runs/made", base or {}))
     return path

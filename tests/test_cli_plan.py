@@ -10,6 +10,7 @@ from scaling_jax import config as config_lib
 from scaling_jax.cli import main
 from scaling_jax.config import default_config
 from scaling_jax.errors import UserError
+from scaling_jax.laws.lr_surface import bend_form
 from scaling_jax.pods import compile as pod_compile
 from scaling_jax.verbs.plan_config import config_params, resize
 
@@ -50,6 +51,25 @@ def test_prints_every_number_with_its_interval_and_where_it_was_measured(capsys,
     assert "params measured 1.000e+06 to 1.000e+08, asked 1.000e+09: 10 times above" in text
     assert "tokens measured 1.000e+08 to 1.000e+10, asked 4.000e+10: 4 times above" in text
     assert "a suggestion that nothing here has tested" in text and "unknown" not in text
+
+
+def test_below_the_measured_range_and_far_beyond_it(capsys, laws):
+    assert main(["plan", str(laws), "--params=2e5", "--tokens=2e7"]) == 0
+    text = capsys.readouterr().out
+    assert "params measured 1.000e+06 to 1.000e+08, asked 2.000e+05: 5 times below" in text and " 5x outside " in text
+    assert main(["plan", str(laws), "--params=1.1e11", "--tokens=1e9"]) == 2
+    printed, err = capsys.readouterr()
+    assert "no law is followed beyond 1000 times" in " ".join(printed.split()) and "tells neither" in err
+
+
+def test_rivals_that_are_tied_are_each_shown(capsys, tmp_path):
+    both = made_laws.findings()["lr_surface"].fits
+    laws = made_laws.write(tmp_path / "laws.json", lr_surface=dict(both))
+    assert main(["plan", str(laws), "--params=1e7", "--tokens=1e9", "--batch_tokens=3e5"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    power = made_laws.POWER["lr"] * 3 ** made_laws.POWER["batch_exponent"]
+    for said in (f"surge {made_laws.surge_lr(3e5, 1e9):.4g} (", f"power {power:.4g} (", "the data cannot tell them apart"):
+        assert said in text
 
 
 def test_json_has_the_same(capsys, laws):
@@ -98,6 +118,47 @@ def test_resized_models_keep_their_proportions(shape, params):
     assert not group or config_lib.heads(config) == group * config.model.kv_heads
 
 
+def test_a_config_that_is_far_from_the_run_is_not_written(capsys, laws, tmp_path):
+    out = tmp_path / "a.py"
+    least = ["--params=5e4", "--tokens=1e8"]  # one layer of width 64, the head_dim, has about that
+    refuses(capsys, [laws, "--params=2e4", "--tokens=1e8", f"--config_out={out}"], "N next to 2e+04", "factor 1.5", "head_dim")
+    assert main(["plan", str(laws), *least, f"--config_out={out}"]) == 0
+    out.unlink()
+    refuses(capsys, [laws, "--params=1e7", "--tokens=1e9", "--batch_tokens=300", f"--config_out={out}"], "the batch next to 300", "context")
+    refuses(capsys, [laws, "--params=1e7", "--tokens=1e6", "--batch_tokens=1e6", f"--config_out={out}"], "is not one step")
+    assert not out.exists()
+
+
+def test_the_lr_is_that_at_the_batch_that_is_written(capsys, tmp_path):
+    laws = made_laws.write(
+        tmp_path / "laws.json",
+        base=base() | {"model.context": 180_000, "train.batch_tokens": 180_000, "train.tokens": 1_800_000, "noise_scale.every": 0},
+    )
+    assert main(["plan", str(laws), *RUN, f"--config_out={tmp_path / 'a.py'}"]) == 0
+    config = config_lib.load(str(tmp_path / "a.py"))
+    batch = made_laws.BATCH["batch"] * 40 ** made_laws.BATCH["tokens_exponent"]
+    assert config.train.batch_tokens % 180_000 == 0 and abs(config.train.batch_tokens / batch - 1) > 0.2
+    assert config.optimizer.lr == pytest.approx(made_laws.surge_lr(config.train.batch_tokens, 4e10), rel=1e-3)
+    assert config.optimizer.lr != pytest.approx(made_laws.surge_lr(batch, 4e10), rel=0.01)
+
+
+def test_base_sizes_that_are_not_known_are_said(capsys, laws, tmp_path):
+    unknown = made_laws.write(tmp_path / "laws.json")  # of a table: no fields of a study
+    argv = ["plan", str(unknown), *RUN, "--config=configs/cpu_demo.py"]
+    assert main([*argv, f"--config_out={tmp_path / 'a.py'}"]) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "a.py").read_text()):
+        assert "The base sizes of the table behind" in text and "base_width 128" in " ".join(text.split())
+    form = bend_form("surge", made_laws.T0, made_laws.BATCHES, 0.01, made_laws.N0)
+    values = made_laws.SURGE | {"lr_crit_params_exponent": -0.3, "batch_crit_params_exponent": 0.1}
+    ranges = {"batch_tokens": made_laws.BATCHES, "tokens": made_laws.TOKENS, "params": made_laws.PARAMS}
+    surface = {"surge": made_laws.fitted(form, values, 0.02, ranges)}
+    nothing = made_laws.write(tmp_path / "nothing.json", parametrization=None, lr_surface=surface)
+    assert main(["plan", str(nothing), *argv[2:], f"--config_out={tmp_path / 'b.py'}"]) == 0
+    assert "does not say under which parametrization" in " ".join((tmp_path / "b.py").read_text().split())
+    assert main(["plan", str(laws), *RUN, f"--config_out={tmp_path / 'c.py'}"]) == 0
+    assert "not known" not in (tmp_path / "c.py").read_text()
+
+
 def test_a_config_of_somebody_elses_table_needs_a_base(capsys, tmp_path):
     laws = made_laws.write(tmp_path / "laws.json")
     refuses(capsys, [laws, *RUN, f"--config_out={tmp_path / 'a.py'}"], "--config=FILE")
@@ -119,6 +180,8 @@ def test_bad_input_is_said_in_one_message(capsys, laws, tmp_path):
     refuses(capsys, [laws, "--params=-1", "--tokens=1e9"], "--params=-1", "positive")
     refuses(capsys, [tmp_path / "none.json", *RUN], "none.json", "no such file")
     refuses(capsys, [laws, *RUN, "--topology=v5p:9x9"], "v5p:9x9")
+    refuses(capsys, [laws, *RUN, "--slices=2"], "--slices=2 needs --topology")
+    refuses(capsys, [laws, *RUN, "--batch_tokens=1e300"], "--batch_tokens=1e+300: not one step")
     refuses(capsys, [laws, *RUN, "--config_out=there/is/none.py"], "--config_out=there/is/none.py", "no such directory")
     refuses(capsys, [laws, *RUN, f"--config_out={tmp_path / 'config.txt'}"], "Python file")
     content = json.loads(laws.read_text())

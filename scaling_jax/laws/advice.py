@@ -5,13 +5,15 @@ all of the other: laws that were fitted apart are combined as independent. Where
 the one that holds out best and the interval spans them all. A number that the fits do not support is not given; it says why instead.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.fit import LEVEL, LawFit
+from scaling_jax.laws.fit import LEVEL, LawFit, widened
+from scaling_jax.laws.reach import Reach, reaches
 from scaling_jax.laws.store import Laws
 
 WIDEST = 10.0  # high over low of an interval, beyond which a number is no advice
@@ -30,24 +32,6 @@ class Question(NamedTuple):
     tokens: float
     flops: float | None = None
     batch_tokens: float | None = None
-
-
-class Reach(NamedTuple):
-    """An input of a law, and where it was measured."""
-
-    name: str
-    low: float
-    high: float
-    asked: float
-
-    @property
-    def factor(self) -> float:
-        """How many times beyond the nearer end of the measured range; 1 inside."""
-        return max(self.low / self.asked, self.asked / self.high, 1.0)
-
-    @property
-    def inside(self) -> bool:
-        return self.factor <= 1 + 1e-9
 
 
 class Row(NamedTuple):
@@ -91,11 +75,13 @@ def advise(laws: Laws, question: Question) -> Advice:
       question: the run.
 
     Raises:
-      UserError: a size, budget or batch is not positive.
+      UserError: a size, budget or batch is not positive, or the batch is more than the tokens.
     """
     for name, value in question._asdict().items():
         if value is not None and not (np.isfinite(value) and value > 0):
             raise UserError(f"--{name}={value:g}: must be a positive number")
+    if question.batch_tokens is not None and question.batch_tokens > question.tokens:
+        raise UserError(f"--batch_tokens={question.batch_tokens:g}: not one step in --tokens={question.tokens:g}; must be at most that")
     batch, batch_R = _known(_batch, Row(BATCH, "tokens"), laws, question)
     loss, fits = _known(_loss, Row(LOSS, "nats per token"), laws, question)
     rows = [_known(_lr, Row(LR), laws, question, batch, batch_R)[0], batch]
@@ -118,10 +104,13 @@ def _batch(laws: Laws, question: Question) -> tuple[Row, np.ndarray]:
         return Row(BATCH, "tokens", given, given, given, "as given"), np.array([given])
     fitted = laws.fit("batch_optimum")
     x = _inputs(question.params, question.tokens)
+    where = reaches(laws, "batch_optimum", fitted, x)
     value, low, high, notes = _number("batch_optimum", [fitted], lambda predict: predict(x)[..., 0], WIDEST)
+    if value > question.tokens:
+        raise UserError(f"not supported: batch_optimum gives {value:.4g} tokens, more than the run has")
     if "params" not in fitted.form.inputs:
         notes += (_carried(laws, "B*"),)
-    row = Row(BATCH, "tokens", value, low, high, _source("batch_optimum", fitted), _reaches(laws, fitted, x), notes)
+    row = Row(BATCH, "tokens", value, low, high, _source("batch_optimum", fitted), where, notes)
     return row, fitted.draw_predictions(x)[:, 0]
 
 
@@ -139,6 +128,8 @@ def _lr(laws: Laws, question: Question, batch: Row, batch_R) -> tuple[Row, None]
                 f"N = {question.params:.4g}"
             )
 
+    where = reaches(laws, "lr_surface", rivals[0], _inputs(question.params, question.tokens, batch.value))
+
     def at(batch_tokens):
         x = _inputs(question.params, question.tokens, batch_tokens)
         return lambda predict: predict(x)
@@ -149,8 +140,7 @@ def _lr(laws: Laws, question: Question, batch: Row, batch_R) -> tuple[Row, None]
         notes += (f"the interval has that of B* in it; at exactly this batch it is {ends[0]:.4g} to {ends[1]:.4g}; {_INDEPENDENT}",)
     if "params" not in rivals[0].form.inputs:
         notes += (_carried(laws, "η*"),)
-    x = _inputs(question.params, question.tokens, batch.value)
-    return Row(LR, "", value, low, high, _source("lr_surface", rivals[0]), _reaches(laws, rivals[0], x), notes), None
+    return Row(LR, "", value, low, high, _source("lr_surface", rivals[0]), where, notes), None
 
 
 def _carried(laws: Laws, what: str) -> str:
@@ -182,8 +172,8 @@ def _stages(laws: Laws, question: Question, batch: Row) -> tuple[Row, None]:
     notes.append(f"B_crit ∝ T^{exponent:.3g} ({low:.3g} to {high:.3g}); the lr above is that of the constant batch")
     if laws.best.get("critical_growth") not in ("growth_tokens", None):
         notes.append(f"these data are better described by {laws.best['critical_growth']}, B_crit as a function of the loss")
-    reaches = _reaches(laws, growth, {"tokens": question.tokens})
-    return Row("batch schedule", law=_source("critical_growth", growth), reaches=reaches, notes=tuple(notes), text=text), None
+    where = reaches(laws, "critical_growth", growth, _inputs(question.params, question.tokens))
+    return Row("batch schedule", law=_source("critical_growth", growth), reaches=where, notes=tuple(notes), text=text), None
 
 
 def doublings(tokens: float, batch_tokens: float, exponent: float, context: int = 1) -> tuple[int, list[tuple[int, int]]]:
@@ -207,12 +197,13 @@ def _loss(laws: Laws, question: Question) -> tuple[Row, list[LawFit]]:
     for law in _LOSS_LAWS:
         try:
             rivals = _rivals(laws, law)
+            where = reaches(laws, law, rivals[0], x)
             value, low, high, notes = _number(law, rivals, lambda predict: predict(x)[..., 0], WIDEST_LOSS)
         except UserError as error:
             reasons.append(str(error))
             continue
         notes += (f"of a tuned run in one pass; a single run scatters about the law by {rivals[0].rms:.2%}",)
-        row = Row(LOSS, "nats per token", value, low, high, _source(law, rivals[0]), _reaches(laws, rivals[0], x), notes)
+        row = Row(LOSS, "nats per token", value, low, high, _source(law, rivals[0]), where, notes)
         return row, rivals
     raise UserError("; ".join(reasons))
 
@@ -221,40 +212,43 @@ def _lr_cost(laws: Laws, question: Question) -> tuple[Row, None]:
     """½·d²L/d(ln η)²·ln²2."""
     fitted = _form_of(laws, "sensitivity", "curvature")
     x = _inputs(question.params, question.tokens)
+    where = reaches(laws, "sensitivity", fitted, x)
     name = "cost of a factor 2 in lr"
     value, low, high, notes = _number("sensitivity", [fitted], lambda predict: 0.5 * np.log(2) ** 2 * predict(x)[..., 0], WIDEST)
     notes += ("½·curvature·ln²2; a parabola, which far above the best lr says too little",)
-    return Row(name, "nats per token", value, low, high, _source("sensitivity", fitted), _reaches(laws, fitted, x), notes), None
+    return Row(name, "nats per token", value, low, high, _source("sensitivity", fitted), where, notes), None
 
 
 def _batch_cost(laws: Laws, question: Question, loss: Row) -> tuple[Row, None]:
-    share = _batch_share(laws)
+    share, least, most = _batch_share(laws)
     scale, unit = (loss.value, "nats per token") if loss.value else (1.0, "of the loss")
-    notes = ("median, least and most over the measured sizes and horizons, each batch at its own best lr; no confidence interval",)
-    reaches = _reaches(laws, laws.fit("batch_optimum"), {"tokens": question.tokens})
-    return Row("cost of a factor 2 in batch", unit, *(scale * end for end in share), "batch_optimum", reaches, notes), None
+    notes = (f"median over sizes and horizons, which have {scale * least:.3g} to {scale * most:.3g}; each batch at its own best lr",)
+    where = reaches(laws, "batch_optimum", laws.fit("batch_optimum"), _inputs(question.params, question.tokens))
+    return Row("cost of a factor 2 in batch", unit, scale * share, law="batch_optimum", reaches=where, notes=notes), None
 
 
 def _regret(laws: Laws, question: Question, loss: Row) -> tuple[Row, None]:
     """What the batch that was given loses against B*."""
     best, best_R = _batch(laws, question._replace(batch_tokens=None))
+    x = _inputs(question.params, question.tokens)
+    where = reaches(laws, "batch_optimum", laws.fit("batch_optimum"), x, question.batch_tokens)
     share, least, most = _batch_share(laws)
     scale, unit = (loss.value, "nats per token") if loss.value else (1.0, "of the loss")
     off, off_R = (np.log2(question.batch_tokens / b) ** 2 for b in (best.value, best_R))
-    low, high = _interval(off_R)
+    value, low, high = (scale * share * end for end in (off, *_interval(off_R)))
     notes = (f"B* is {best.value:.4g} tokens ({best.low:.4g} to {best.high:.4g}); by a parabola in ln B, which holds near B* only",)
-    return Row(
-        "cost of this batch", unit, scale * share * off, scale * least * low, scale * most * high, best.law, best.reaches, notes
-    ), None
+    notes += (f"the interval is from B*; single sizes and horizons have {least / share:.2g} to {most / share:.2g} of its curvature",)
+    return Row("cost of this batch", unit, value, low, high, best.law, where, notes), None
 
 
 def _batch_share(laws: Laws) -> tuple[float, float, float]:
     """The relative loss of a factor 2 in B: median, least, most."""
     laws.fit("batch_optimum")
-    number = laws.numbers.get("batch_optimum", {}).get("loss of a factor 2 in B, relative", {})
-    if any(number.get(key) is None for key in ("value", "low", "high")):
+    numbers, name = laws.numbers.get("batch_optimum", {}), "loss of a factor 2 in B, relative"
+    share, least, most = (numbers.get(f"{name}{end}", {}).get("value") for end in ("", ", least", ", most"))
+    if share is None or least is None or most is None:
         raise UserError(f"{laws.path}: batch_optimum does not say what a factor 2 in B costs; fit the laws again")
-    return number["value"], number["low"], number["high"]
+    return share, least, most
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- budgets
@@ -281,15 +275,15 @@ def _split(laws: Laws, question: Question, loss: Row, fits: list[LawFit] | None)
     x = _inputs(question.params, question.tokens)
     for name, what in zip(names[:2], ("params", "tokens"), strict=True):
         try:
-            value, low, high, notes = _number(law, fits, lambda predict, what=what: best(predict, budget, what), WIDEST)
+            value, low, high, notes = _number(law, fits, lambda predict, what=what: best(predict, budget, what), WIDEST, derived=True)
             params = value if what == "params" else budget / 6 / value
-            reaches = _reaches(laws, fits[0], _inputs(params, budget / 6 / params))
-            rows.append(Row(name, what if what == "tokens" else "parameters", value, low, high, loss.law, reaches, notes))
+            where = reaches(laws, law, fits[0], _inputs(params, budget / 6 / params))
+            rows.append(Row(name, what if what == "tokens" else "parameters", value, low, high, loss.law, where, notes))
         except UserError as error:
             rows.append(Row(name, why=str(error)))
     try:
-        value, low, high, notes = _number(law, fits, lambda predict: predict(x)[..., 0] - best(predict, own, "loss"), None)
-        rows.append(Row(names[2], "nats per token", value, low, high, loss.law, loss.reaches, notes))
+        value, low, high, notes = _number(law, fits, lambda predict: predict(x)[..., 0] - best(predict, own, "loss"), None, derived=True)
+        rows.append(Row(names[2], "nats per token", value, max(low, 0.0), high, loss.law, loss.reaches, notes))
     except UserError as error:
         rows.append(Row(names[2], why=str(error)))
     return rows
@@ -344,6 +338,7 @@ def _number(
     at: Callable,
     widest: float | None,
     drawn_at: Callable | None = None,
+    derived: bool = False,
 ) -> tuple[float, float, float, tuple[str, ...]]:
     """Value by the first of rival fits, an interval that spans all, and a note that gives each.
 
@@ -353,12 +348,19 @@ def _number(
       at: the number from a fit's `predict` [1] and, unless `drawn_at` is given, from its `draw_predictions` [R, 1].
       widest: the largest high / low that is worth giving; None for numbers that may be 0.
       drawn_at: the same from `draw_predictions`, any shape.
+      derived: the number is no prediction, but follows from many: it is taken of each draw as fitted, and its own deviations are widened.
 
     Raises:
       UserError: there is no interval, or it is wider than that.
     """
     values = [float(np.ravel(at(fitted.predict))[0]) for fitted in fits]
-    ends = [_interval(np.ravel((drawn_at or at)(fitted.draw_predictions))) for fitted in fits]
+    if derived:
+        drawn = [at(functools.partial(fitted.form.predict_many, fitted.draws_RxP)) for fitted in fits]
+        pairs = zip(values, drawn, fits, strict=True)
+        drawn = [widened(value, drawn_R, fitted.widen, log=widest is not None) for value, drawn_R, fitted in pairs]
+    else:
+        drawn = [(drawn_at or at)(fitted.draw_predictions) for fitted in fits]
+    ends = [_interval(np.ravel(each)) for each in drawn]
     for fitted, value, (low, high) in zip(fits, values, ends, strict=True):
         found = np.isfinite([value, low, high]).all()
         if not found or (widest is not None and not (low > 0 and high <= widest * low)):
@@ -380,16 +382,6 @@ def _interval(draws: np.ndarray) -> tuple[float, float]:
         return np.nan, np.nan
     low, high = np.quantile(draws[np.isfinite(draws)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
-
-
-def _reaches(laws: Laws, fitted: LawFit, x: Mapping[str, Any]) -> tuple[Reach, ...]:
-    """Of the law's inputs; and of N, where the law has none and another law says which sizes were measured."""
-    ranges = {name: ends for name, ends in fitted.ranges.items() if name in x}
-    if "params" in x and "params" not in ranges:
-        measured = [other.ranges["params"] for fits in laws.fits.values() for other in fits.values() if "params" in other.ranges]
-        if measured:
-            ranges["params"] = min(low for low, _ in measured), max(high for _, high in measured)
-    return tuple(Reach(name, *ends, float(np.ravel(x[name])[0])) for name, ends in ranges.items())
 
 
 def _source(law: str, fitted: LawFit) -> str:

@@ -3,7 +3,8 @@
 import textwrap
 from typing import Any
 
-from scaling_jax.laws.advice import Advice, Reach, Row
+from scaling_jax.laws.advice import Advice, Row
+from scaling_jax.laws.reach import Reach
 from scaling_jax.laws.store import Laws
 from scaling_jax.report.laws import interval, number
 
@@ -73,10 +74,8 @@ def _where(row: Row) -> str:
 
 
 def _beyond(reach: Reach) -> str:
-    side = "above" if reach.asked > reach.high else "below"
-    return (
-        f"{reach.name} measured {number(reach.low)} to {number(reach.high)}, asked {number(reach.asked)}: {reach.factor:.3g} times {side}"
-    )
+    asked = f"{reach.name} measured {number(reach.low)} to {number(reach.high)}, asked {number(reach.asked)}"
+    return f"{asked}: {reach.factor:.3g} times {reach.side}"
 
 
 def _wrapped(text: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _run(values: flags.FlagValues) -> int:
     from scaling_jax.laws import store
-    from scaling_jax.laws.advice import Advice, Question, advise
+    from scaling_jax.laws.advice import LR, Advice, Question, advise
     from scaling_jax.pods.chips import parse_topology
     from scaling_jax.report.plan import plan_json, plan_text
 
@@ -38,6 +38,8 @@ def _run(values: flags.FlagValues) -> int:
     for name in ("params", "tokens"):
         if values[name].value is None:
             raise UserError(f"--{name} is missing, for example --params=7e9 --tokens=1.4e11")
+    if values.slices != 1 and not values.topology:
+        raise UserError(f"--slices={values.slices} needs --topology, the shape of a slice, for example --topology=v5p:8x8x8")
     out = _new_file(values.config_out) if values.config_out else None
     topology = parse_topology(values.topology, values.slices) if values.topology else None
     laws = store.read(values.laws)
@@ -46,11 +48,13 @@ def _run(values: flags.FlagValues) -> int:
     rows = list(advice.rows)
     if topology is not None:
         rows += _pod_rows(values.config, laws, advice, topology)
+    ready = _ready(values.config, laws, advice, topology) if out is not None else None
+    if ready is not None and ready.remark:
+        rows = [row._replace(notes=(*row.notes, ready.remark)) if row.name == LR else row for row in rows]
     advice = Advice(question, tuple(rows))
     text = json.dumps(plan_json(advice, laws), indent=1) if values.json else plan_text(advice, laws)
-    if out is not None:
-        config = _config(values.config, laws, advice, topology)
-        storage.write_bytes(out, _file_text(config, advice, laws, str(out)).encode())
+    if ready is not None:
+        storage.write_bytes(out, _file_text(ready, advice, laws, str(out)).encode())
         text += "" if values.json else f"\n\nconfig  {out}"
     print(text)
     if not advice.told:
@@ -69,27 +73,41 @@ def _new_file(text: str) -> Path:
     return path
 
 
-def _config(given: ConfigDict | None, laws: Any, advice: Any, topology: Any) -> ConfigDict:
-    """The run as a config.
+class _Ready(NamedTuple):
+    """The run as a config, the row of its lr, and what is not known of whether that lr is one for it."""
+
+    config: ConfigDict
+    lr: Any
+    remark: str
+
+
+def _ready(given: ConfigDict | None, laws: Any, advice: Any, topology: Any) -> _Ready:
+    """The run as a config, with the lr at the batch that a step can take.
 
     Raises:
-      UserError: learning rate or batch is unknown, there is nothing to start from, or the lr is not one for it.
+      UserError: learning rate or batch is unknown, there is nothing to start from, it comes nowhere near the run that was asked for, or
+        the lr is not one for it.
     """
     from scaling_jax import config as config_lib
-    from scaling_jax.laws.advice import BATCH, LR
-    from scaling_jax.verbs.plan_config import base_config, check_transfer, ready_config
+    from scaling_jax.laws.advice import BATCH, LR, advise
+    from scaling_jax.verbs.plan_config import base_config, batch_near, check_transfer, ready_config
 
-    lr, batch = advice.row(LR), advice.row(BATCH)
-    for row in (batch, lr):
+    def known(row):
         if row.value is None:
             raise UserError(f"no config can be made: {row.name} is unknown: {row.why}")
+        return row
+
+    batch, lr = known(advice.row(BATCH)), known(advice.row(LR))
     base = base_config(laws.base, laws.path) if given is None else given
     config_lib.validate(base)
-    check_transfer(base, laws.study, laws.base, laws.path)
+    remark = check_transfer(base, laws.study, laws.base, laws.path)
     if topology is not None and (base.mesh.replica, base.mesh.fsdp, base.mesh.tensor) == (1, 1, 1):
         base.mesh.fsdp = -1  # of a single device; on a slice it takes them all
-    question = advice.question
-    return ready_config(base, question.params, question.tokens, batch.value, lr.value, 1 if topology is None else topology.devices)
+    question, chips = advice.question, 1 if topology is None else topology.devices
+    batch_tokens = batch_near(base, batch.value, question.tokens, chips)
+    if batch_tokens != batch.value:
+        lr = known(advise(laws, question._replace(batch_tokens=float(batch_tokens))).row(LR))
+    return _Ready(ready_config(base, question.params, question.tokens, batch_tokens, lr.value, chips), lr, remark)
 
 
 def _pod_rows(given: ConfigDict | None, laws: Any, advice: Any, topology: Any) -> list[Any]:
@@ -98,7 +116,7 @@ def _pod_rows(given: ConfigDict | None, laws: Any, advice: Any, topology: Any) -
 
     names = ("least wall time", "least chip-hours")
     try:
-        config = _config(given, laws, advice, topology)
+        config = _ready(given, laws, advice, topology).config
         step = _compiled(config, topology)
     except UserError as error:
         return [Row(name, why=str(error)) for name in names]
@@ -137,20 +155,20 @@ def _search(topology: Any) -> str:
     return f"write the config with --config_out=FILE, and scaling-jax compile --config=FILE --topology={topology.name} --find searches"
 
 
-def _file_text(config: ConfigDict, advice: Any, laws: Any, path: str) -> str:
-    from scaling_jax.laws.advice import BATCH, LOSS, LR
+def _file_text(ready: _Ready, advice: Any, laws: Any, path: str) -> str:
+    from scaling_jax.laws.advice import BATCH, LOSS
     from scaling_jax.report.laws import interval, number
     from scaling_jax.train.step import transformer_config
     from scaling_jax.verbs.plan_config import config_params, config_text
 
-    def told(name: str) -> str:
-        row = advice.row(name)
+    def told(row: Any) -> str:
         if row.value is None:
-            return f"{name}: unknown"
+            return f"{row.name}: unknown"
         ends = f" ({interval(row.low, row.high)})" if row.low != row.high else ""
         where = {True: ", inside the measured range", False: ", outside the measured range", None: ""}[row.inside]
-        return f"{name} {number(row.value)}{f' {row.unit}' if row.unit else ''}{ends}, {row.law}{where}"
+        return f"{row.name} {number(row.value)}{f' {row.unit}' if row.unit else ''}{ends}, {row.law}{where}"
 
+    config = ready.config
     model, question, batch = config.model, advice.question, config.train.batch_tokens
     reached = config_params(config)
     flops = transformer_config(config).causal_flops_per_token * config.train.tokens
@@ -160,10 +178,11 @@ def _file_text(config: ConfigDict, advice: Any, laws: Any, path: str) -> str:
     study = laws.study.get("schedule")
     remarks = [
         f"From {laws.data['finished']} finished rows of {laws.data['path']} (fingerprint {laws.data['fingerprint']}): "
-        f"{'; '.join(told(name) for name in (LR, BATCH, LOSS))}.",
+        f"{'; '.join(told(row) for row in (advice.row(BATCH), ready.lr, advice.row(LOSS)))}.",
+        ready.remark,
         f"Width {model.width} and depth {model.depth} make N {number(reached)} of the {number(question.params)} asked for; width / depth "
-        "and head_dim are the base's. The batch is a multiple of what a step needs. Warmup, and whatever else is counted in tokens, keeps "
-        f"the base's share of the budget: {config.schedule.warmup_tokens} tokens of warmup.",
+        "and head_dim are the base's. The batch is a multiple of what a step needs, and the lr is that at this batch. Warmup, and whatever "
+        f"else is counted in tokens, keeps the base's share of the budget: {config.schedule.warmup_tokens} tokens of warmup.",
         f"The laws were measured under the schedule {study}, this is {config.schedule.name}."
         if study and study != config.schedule.name
         else "",

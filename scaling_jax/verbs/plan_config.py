@@ -18,6 +18,7 @@ _SHARES = (
     "checkpoint.every_tokens",
 )  # fmt: skip
 _BEND = 1.25  # times, or over, the base's width / depth: as far as another depth may go so that N is met
+FURTHEST_OFF = 1.5  # times more or less than was asked for that N and batch of a config may be
 _BENT_WEIGHT = 0.05  # of that, in logarithms, against what N misses
 
 
@@ -39,8 +40,18 @@ def base_config(fields: Mapping[str, Any], path: str) -> ConfigDict:
     return config
 
 
-def check_transfer(config: ConfigDict, study: Mapping[str, Any], fields: Mapping[str, Any], path: str) -> None:
-    """UserError where an lr of the study is another lr in this config: the parametrization, or the sizes that its lr is of, differ."""
+def check_transfer(config: ConfigDict, study: Mapping[str, Any], fields: Mapping[str, Any], path: str) -> str:
+    """What is not known of whether an lr of the study is the same lr in this config, a sentence; "" where it is known to be.
+
+    Args:
+      config: that the lr is for.
+      study: columns of the study's table that have one value.
+      fields: of the study's base config; empty for somebody else's table.
+      path: of the laws.json.
+
+    Raises:
+      UserError: it is another one: the parametrization, or the sizes that its lr is of, differ.
+    """
     measured = {name: value for name, value in fields.items() if name.startswith("parametrization.")}
     if study.get("parametrization"):
         measured.setdefault("parametrization.name", study["parametrization"])
@@ -51,6 +62,14 @@ def check_transfer(config: ConfigDict, study: Mapping[str, Any], fields: Mapping
                 f"config.{name} is {config.parametrization[key]!r}: {path} was measured with {value!r}, and its lr is no other's; "
                 f"must be {value!r}"
             )
+    kind = config.parametrization.name
+    if not measured:
+        return f"{path} does not say under which parametrization its lr was measured: it is written as one of {kind}."
+    sizes = [name for name in config.parametrization if name.startswith("base_") and f"parametrization.{name}" not in measured]
+    if kind == "standard" or not sizes:
+        return ""
+    taken = ", ".join(f"{name} {config.parametrization[name]}" for name in sizes)
+    return f"The base sizes of the table behind {path} are not known: its lr is written as that of this config's, {taken}."
 
 
 def ready_config(base: ConfigDict, params: float, tokens: float, batch_tokens: float, lr: float, chips: int = 1) -> ConfigDict:
@@ -63,17 +82,18 @@ def ready_config(base: ConfigDict, params: float, tokens: float, batch_tokens: f
       chips: devices that mesh.fsdp = -1 will take; the batch is rounded for them where that moves it by a tenth at most.
 
     Raises:
-      UserError: the result is no valid config.
+      UserError: N or the batch would be more than `FURTHEST_OFF` times off, there is not one step, or the result is no valid config.
     """
     config = base.copy_and_resolve_references()
     resize(config, params)
+    _near("N", config_params(config), params, "a base with a smaller head_dim, fewer heads to a key, or another width / depth")
+    config.train.batch_tokens = batch_near(config, batch_tokens, tokens, chips)
     share = round(tokens) / config.train.tokens
     for name in _SHARES:
         section, key = name.split(".")
         config[section][key] = round(config[section][key] * share)
     config.checkpoint.keep_at_tokens = tuple(max(1, round(at * share)) for at in config.checkpoint.keep_at_tokens)
     config.train.tokens, config.train.stop_at_tokens = round(tokens), 0
-    config.train.batch_tokens = _rounded_batch(config, batch_tokens, chips)
     config.optimizer.lr = float(f"{lr:.4g}")
     config.batch.schedule, config.batch.stages = "constant", ()
     config_lib.validate(config)
@@ -109,6 +129,27 @@ def _width_for(config: ConfigDict, params: float) -> float:
 def config_params(config: ConfigDict) -> int:
     """N, without embeddings."""
     return transformer_config(config).params
+
+
+def batch_near(config: ConfigDict, batch_tokens: float, tokens: float, chips: int = 1) -> int:
+    """The batch next to one that a step of the config can take, tokens.
+
+    Raises:
+      UserError: it is more than `FURTHEST_OFF` times off, or more than the run's tokens.
+    """
+    batch = _rounded_batch(config, batch_tokens, chips)
+    _near("the batch", batch, batch_tokens, "a smaller config.model.context, mesh or config.train.accumulation, or another --batch_tokens")
+    if batch > tokens:
+        raise UserError(f"no config can be made: a batch of {batch} tokens is not one step in --tokens={tokens:g}")
+    return batch
+
+
+def _near(what: str, reached: float, asked: float, mend: str) -> None:
+    if abs(math.log(reached / asked)) > math.log(FURTHEST_OFF):
+        raise UserError(
+            f"no config can be made: {what} next to {asked:.4g} that its base can have is {reached:.4g}, which must be within a factor "
+            f"{FURTHEST_OFF:g}; give {mend}"
+        )
 
 
 def _rounded_batch(config: ConfigDict, batch_tokens: float, chips: int) -> int:
