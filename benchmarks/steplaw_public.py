@@ -42,8 +42,10 @@ def main() -> None:
     table = load(args.csv)
     for finding in (find_steplaw(table), find_deepseek(table)):
         print(f"\n{finding.title}\n\n| | value | 95% | published |\n|---|---|---|---|")
-        for number in finding.numbers:
-            print(f"| {number.name} | {number.value:.3g} | {_ends(number)} | {number.published:g} |")
+        for name, fitted in finding.fits.items():
+            for p in fitted.form.parameters:
+                ends = _ends(Number("", fitted.values[p.name], *fitted.intervals[p.name]))
+                print(f"| {name}: {p.name} | {fitted.values[p.name]:.3g} | {ends} | {p.published:g} |")
         print("\n" + "\n".join(finding.statements))
     surface = find_surface(table, cluster_by=("params", "tokens"))
     print(f"\n{surface.title}: {len(surface.points)} cells, {int((~surface.points['censored']).sum())} with a minimum inside their grid\n")

@@ -36,6 +36,9 @@ def test_the_law_holds_the_truth_though_horizons_share_runs():
 def test_what_a_factor_of_two_costs():
     named = {number.name: number for number in find(World(run_sd=1e-5, row_sd=1e-5).table()).numbers}
     assert named["loss of a factor 2 in B, relative"].value == pytest.approx(0.004 * np.log(2) ** 2, rel=0.03)
+    of_all = [named[f"loss of a factor 2 in B, relative{end}"] for end in (", least", "", ", most")]
+    assert [(number.low, number.high) for number in of_all] == [(None, None)] * 3  # a range over cells is no interval
+    assert of_all[0].value < of_all[1].value < of_all[2].value
     assert named["B* ∝ T^m"].value == pytest.approx(0.45, abs=0.01)
 
 
@@ -44,8 +47,15 @@ def test_a_best_batch_at_the_edge_is_a_bound():
     assert set(points["censored"]) == {"low"} and set(points["batch_tokens"]) == {256.0}
     points = measure_batches(World(seeds=1, batch_best=50_000.0).table()).points
     assert set(points["censored"]) == {"high"} and set(points["batch_tokens"]) == {8192.0}
-    with pytest.raises(UserError, match="at none of 12 sizes and horizons is the best batch size inside the grid: 12 at the highest"):
+    with pytest.raises(UserError, match="size inside the grid: 12 at the highest batch size of their grid .*; try more batch sizes"):
         find(World(seeds=1, batch_best=50_000.0).table())
+
+
+def test_bounds_are_of_batch_sizes():
+    table = World(seeds=1, batch_best=300.0).table()
+    for analysis in (find, find_regret):
+        said = analysis(table).statements[0]
+        assert "at the lowest batch size of their grid (bounds from above)" in said and "lr" not in said
 
 
 def test_the_regret_of_a_fixed_batch():

@@ -1,12 +1,14 @@
 """B_crit by tokens or by loss: the planted one collapses the sizes, and where nothing can be told that is said."""
 
 import numpy as np
+import pandas
 import pytest
 from worlds import World
 
 from scaling_jax.errors import UserError
 from scaling_jax.laws.critical_growth import COLUMNS, find, noise_points, observations
 
+NOISE = [f"{COLUMNS[0]}{end}" for end in ("", "_low", "_high")]
 BY_LOSS = {"noise_law": "loss", "noise_exponent": 1 / 0.21}
 
 
@@ -52,6 +54,27 @@ def test_only_runs_near_the_best_lr_count():
     assert off.mean() > 0.3
     spoilt.loc[off, COLUMNS[0]] *= 100
     np.testing.assert_array_equal(noise_points(spoilt)["batch_crit_tokens"], far["batch_crit_tokens"])
+
+
+def test_settings_that_differ_are_not_averaged():
+    mup = World(seeds=1, widths=(32, 64)).table()
+    standard = World(seeds=1, parametrization="standard", lr_params_exponent=-0.4, noise_scale=12000.0).table(1)
+    both = pandas.concat([mup, standard.assign(point="s" + standard["point"])], ignore_index=True)
+    for table in (
+        both,
+        both.groupby(["params", "batch_tokens", "horizon_tokens", "parametrization"], as_index=False).nth(4).assign(lr=0.1),
+    ):
+        for analysis in (noise_points, find):
+            with pytest.raises(UserError, match="parametrization differ at the same size, batch_tokens and tokens"):
+                analysis(table)
+
+
+def test_rows_on_a_subset_of_the_data_do_not_count():
+    table = World(seeds=1).table()
+    subset = table.assign(data_tokens=2**16, point="d" + table["point"], **{name: 100 * table[name] for name in NOISE})
+    found = noise_points(pandas.concat([table, subset], ignore_index=True))
+    np.testing.assert_allclose(found["batch_crit_tokens"], noise_points(table)["batch_crit_tokens"])
+    assert find(pandas.concat([table, subset], ignore_index=True)).best == "growth_tokens"
 
 
 def test_open_intervals_are_left_out():

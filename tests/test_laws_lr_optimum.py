@@ -158,11 +158,9 @@ def test_a_minimum_at_the_edge_is_a_bound_and_counted(world, side, beside):
     if side == "high":
         assert (points["lr"] < truth * 2**0.25).all()
         assert points["beside_divergence"].all() == beside
-    numbers = {number.name: number.value for number in find(table).numbers}
-    assert (numbers["minima inside their grid"], numbers["censored minima"]) == (0, 72)
-    assert f"72 {'with fewer' if side == 'too few' else 'at the'}" in find(table).statements[0]
-    with pytest.raises(UserError, match="none of 72 cells has its lowest loss between two higher ones: 72 "):
-        minima(table)
+    for analysis in (minima, find):
+        with pytest.raises(UserError, match=f"between two higher ones: 72 {'with fewer' if side == 'too few' else 'at the'}"):
+            analysis(table)
 
 
 def test_draws_move_the_horizons_of_a_run_together():
@@ -213,6 +211,40 @@ def test_settings_that_differ_make_cells_of_their_own():
     assert medians[0.1] / medians[0.0] == pytest.approx(2, rel=0.05)
     with pytest.raises(UserError, match="weight_decay differ at the same size, batch_tokens and tokens"):
         minima(both)
+
+
+def test_bounds_beside_minima_are_counted():
+    half = [World(seeds=1, widths=(32,), grid_off=off, diverge=1e3).table() for off in (1.0, 8.0)]
+    half[1]["width"], half[1]["params"], half[1]["point"] = 64, 98304, "64-" + half[1]["point"]
+    finding = find(pandas.concat(half, ignore_index=True))
+    numbers = {number.name: number.value for number in finding.numbers}
+    assert (numbers["minima inside their grid"], numbers["censored minima"]) == (36, 36)
+    assert "36 at the lowest lr of their grid" in finding.statements[0]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_settings_that_go_with_the_horizon_or_the_size_are_said(early):
+    table = World(seeds=1).table()
+    apart = table["horizon_tokens"] < 2**19 if early else table["width"] == 32
+    finding = find(table.assign(schedule=np.where(apart, "cosine", "wsd")))
+    said = [text for text in finding.statements if text.startswith("schedule is not the same throughout (cosine, wsd)")]
+    assert len(said) == 1 and f"goes with {'tokens' if early else 'params and width'}: its effect" in said[0]
+    twice = pandas.concat([table.assign(schedule="wsd"), table.assign(schedule="cosine", point="c" + table["point"])], ignore_index=True)
+    for other in (table, twice):  # of `twice` each has cells of its own
+        assert not any("not the same throughout" in text for text in find(other).statements)
+
+
+def test_nullable_columns_and_rows_without_a_horizon():
+    table = World(seeds=1, widths=(32,), batches=(512.0, 2048.0)).table()
+    table["status"] = table["status"].astype("string")
+    nullable = table.convert_dtypes()
+    nullable.loc[3, "horizon_tokens"] = pandas.NA
+    nullable.loc[4, "lr"] = pandas.NA
+    found, whole = measure(nullable), measure(table.drop(index=[3, 4]))
+    assert found.incomplete == 2 and whole.incomplete == 0
+    assert "2 rows have no batch_tokens, lr or horizon, and are left out." in find(nullable).statements
+    for name in ("lr", "loss", "tokens", "batch_tokens"):
+        np.testing.assert_array_equal(found.points[name].to_numpy(float), whole.points[name].to_numpy(float))
 
 
 def test_published_sweep_has_157_minima_inside_its_grids():

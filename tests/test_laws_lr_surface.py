@@ -61,6 +61,11 @@ def test_a_planted_world_is_told_from_its_rivals(form):
     assert fitted.rms < 0.03 < 3 * min(finding.fits[other].rms for other in finding.fits if other != form)
     finished = table[table["status"] == "finished"]
     assert finding.runs == finished["point"].nunique() and len(finding.points) == 72 and not finding.points["censored"].any()
+    bends = [number for number in finding.numbers if "_crit ∝" in number.name]
+    if form == "power":  # a bend that the data do not show has no growth
+        assert "The power, which has no bend, predicts best: these data show no B_crit." in finding.statements
+        assert not any("B_crit belongs to the form" in said for said in finding.statements)
+        assert bends and all(number[1:4] == (None, None, None) and "no bend, predicts best" in number.note for number in bends)
     if form == "surge":
         named = {number.name: number for number in finding.numbers}
         assert named["B_crit ∝ T^p by surge"].value == pytest.approx(0.6, abs=0.05)
@@ -91,6 +96,13 @@ def test_sizes_enter_unless_the_parametrization_takes_them_out():
     (power,) = [form for form in forms(data) if form.name == "power"]
     low, high = fit(power, data, resamples=200).intervals["params_exponent"]
     assert low - 0.02 < -0.3 < high + 0.02 and high < -0.2
+
+
+def test_a_schedule_that_goes_with_the_horizon_is_said():
+    table = World(seeds=1).table()
+    table["schedule"] = np.where(table["horizon_tokens"] < 2**19, "cosine", "wsd")
+    for analysis in (find, find_regimes):
+        assert any("schedule is not the same throughout" in said and "goes with tokens" in said for said in analysis(table).statements)
 
 
 def test_censored_minima_are_left_out_and_kept_in_the_table():

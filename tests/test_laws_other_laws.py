@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+from worlds import World
 
 from scaling_jax import results
 from scaling_jax.errors import UserError
@@ -39,7 +40,7 @@ def batch_of(params, tokens):
 
 
 def test_the_best_pair_of_a_tilted_valley():
-    found = joint_optima(grids(lr_of, batch_of))
+    found = joint_optima(grids(lr_of, batch_of)).points
     assert len(found) == 12 and not found["censored"].any()
     assert found["lr"].to_numpy() == pytest.approx(lr_of(found["params"], found["tokens"]).to_numpy(), rel=0.002)
     assert found["batch_tokens"].to_numpy() == pytest.approx(batch_of(found["params"], found["tokens"]).to_numpy(), rel=0.01)
@@ -49,7 +50,7 @@ def test_the_best_pair_of_a_tilted_valley():
 def test_an_optimum_beyond_the_grid_is_censored():
     table = grids(lr_of, batch_of, sizes=SIZES[:1])
     for name, best in (("lr", lr_of), ("batch_tokens", batch_of)):
-        found = joint_optima(table[table[name] > 1.05 * best(table["params"], table["tokens"])])
+        found = joint_optima(table[table[name] > 1.05 * best(table["params"], table["tokens"])]).points
         assert found["censored"].all() and set(found["why"]) == {"the minimum lies outside of the cells near the lowest loss"}
     table = table[table["lr"] > 1.05 * lr_of(table["params"], table["tokens"])]
     with pytest.raises(UserError, match="StepLaw needs at least 3 points; there are 0"):
@@ -61,11 +62,8 @@ def test_planted_steplaw():
     lr, batch = finding.fits["steplaw_lr"], finding.fits["steplaw_batch"]
     assert [lr.values["params_exponent"], lr.values["tokens_exponent"]] == pytest.approx([-0.713, 0.307], abs=0.03)
     assert batch.values["tokens_exponent"] == pytest.approx(0.571, abs=0.03)
-    named = {number.name: number for number in finding.numbers}
-    assert {name: number.published for name, number in named.items()} == {
-        "steplaw_lr: lr": 1.79, "steplaw_lr: params_exponent": -0.713, "steplaw_lr: tokens_exponent": 0.307,
-        "steplaw_batch: batch": 0.58, "steplaw_batch: tokens_exponent": 0.571,
-    }  # fmt: skip
+    assert [p.published for fitted in (lr, batch) for p in fitted.form.parameters] == [1.79, -0.713, 0.307, 0.58, 0.571]
+    assert finding.numbers == []  # they would be the fits' parameters once more
     assert "12 of 12 sizes and budgets have their best pair inside the grid" in finding.statements[0]
 
 
@@ -89,6 +87,69 @@ def test_planted_bjorck_at_one_batch_size():
     assert fitted.points == 12 and (~finding.points["censored"]).sum() == 12
     with pytest.raises(UserError, match="Bjorck's law needs at least 4 points; there are 2"):
         find_bjorck(table[(table["params"] == 2e8) & (table["tokens"] < 2e10)])
+
+
+def test_seeds_are_averaged_and_an_lr_that_diverged_in_one_is_left_out():
+    table = grids(lr_of, batch_of, sizes=SIZES[:1], per_size=(20,))
+    apart = np.where(np.random.default_rng(0).random(len(table)) < 0.5, 0.02, -0.02)
+    seeds = pandas.concat([table.assign(seed=0, loss=table["loss"] + apart), table.assign(seed=1, loss=table["loss"] - apart)])
+    whole, averaged = joint_optima(table).points, joint_optima(seeds).points
+    for name in ("lr", "batch_tokens", "loss"):
+        assert averaged[name].to_numpy() == pytest.approx(whole[name].to_numpy(), rel=1e-9)
+    lost = table[table["lr"] == table["lr"].max()].assign(seed=2, status="diverged", loss=np.nan)
+    both = joint_optima(pandas.concat([table.assign(seed=0, status="finished"), lost])).points
+    without = joint_optima(table[table["lr"] < table["lr"].max()]).points
+    assert both["loss"].to_numpy() == pytest.approx(without["loss"].to_numpy(), rel=1e-12)
+
+
+@pytest.mark.parametrize("analysis", [find_steplaw, find_deepseek])
+@pytest.mark.parametrize("setting", ["parametrization", "schedule", "width"])
+def test_settings_that_differ_are_not_averaged(analysis, setting):
+    values = {"parametrization": ("mup", "standard"), "schedule": ("wsd", "cosine"), "width": (32, 64)}[setting]
+    table = grids(lr_of, batch_of)
+    both = pandas.concat([table.assign(**{setting: values[0]}), table.assign(**{setting: values[1]}, lr=2 * table["lr"])])
+    with pytest.raises(UserError, match=f"^{setting} differ at the same size, batch_tokens and tokens; one setting at a time"):
+        analysis(both)
+
+
+def test_draws_are_the_scatter_of_repeated_studies():
+    """Of ln η* and ln B* of single pairs, whose noise is each horizon's own."""
+    small = {"sizes": SIZES[:1], "per_size": (20, 60), "noise": 1e-3}
+    found = [joint_optima(grids(lr_of, batch_of, seed=seed, **small), resamples=200) for seed in range(60)]
+    for name, draws in (("lr", "log_lr"), ("batch_tokens", "log_batch")):
+        scatter = np.log([one.points[name] for one in found]).std(axis=0)
+        drawn = np.mean([getattr(one, draws).std(axis=0) for one in found], axis=0)
+        np.testing.assert_allclose(drawn, scatter, rtol=0.3)
+
+
+def test_intervals_hold_though_horizons_share_runs():
+    """Taken for independent, the horizons of three sizes cover the exponents of N in half and in three of four studies."""
+    shared = {"widths": (32, 64, 128), "seeds": 1, "run_sd": 3e-3, "batches": tuple(2.0**k for k in (8, 9.5, 11, 12.5, 14))}
+    world = World(parametrization="standard", lr_params_exponent=-0.4, form="power", lr_tokens_exponent=-0.2, **shared)
+    truth = {"params_exponent": -0.4, "tokens_exponent": -0.2 + 0.4 * 0.45}
+    inside: dict[str, list[bool]] = {"steplaw": [], "bjorck": []}
+    for seed in range(5):
+        table = world.table(seed)
+        steplaw, bjorck = find_steplaw(table).fits["steplaw_lr"].intervals, find_bjorck(table).fits["bjorck"].intervals
+        inside["steplaw"] += [steplaw[name][0] < value < steplaw[name][1] for name, value in truth.items()]
+        inside["bjorck"] += [bjorck[name][0] < at < bjorck[name][1] for name, at in (("params_exponent", -0.4), ("tokens_exponent", -0.2))]
+    assert min(np.mean(found) for found in inside.values()) > 0.85
+
+
+def test_where_the_noise_of_shared_runs_is_unknown_there_is_no_interval():
+    """Grids of three lrs: no parabola leaves a residual."""
+    world = World(seeds=1, widths=(32,), lrs_each=3, batches=(512.0,), run_sd=1e-5, row_sd=1e-5, form="power", lr_tokens_exponent=-0.01)
+    table = world.table()
+    fitted = find_bjorck(table.assign(schedule="constant")).fits["bjorck"]
+    assert set(fitted.intervals.values()) == {(None, None)} and "of the same runs" in fitted.unidentified["tokens_exponent"]
+    alone = find_bjorck(table.assign(schedule="cosine")).fits["bjorck"]
+    assert None not in alone.intervals["tokens_exponent"] and alone.identified
+
+
+def test_bjorck_takes_the_middle_of_the_batch_sizes_that_tie():
+    finding = find_bjorck(World(seeds=1, batches=(256.0, 1024.0, 4096.0)).table())
+    assert "At one batch size, 1024 tokens, the middle one of 3 that have 12 minima each, the most" in finding.statements[0]
+    assert set(finding.points[~finding.points["censored"]]["batch_tokens"]) == {1024.0}
 
 
 def test_published_sweep():

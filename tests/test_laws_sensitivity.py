@@ -72,6 +72,8 @@ def test_planted_power_laws():
         assert f"The {name} falls with the horizon." in finding.statements
     named = {number.name: number for number in finding.numbers}
     assert 0.5 * 0.06 * np.log(2) ** 2 == pytest.approx(named["loss of a factor 2 in η, relative"].value, rel=0.1)
+    number = named["loss of a factor 2 in η, relative"]
+    assert (number.low, number.high) == (None, None) and number.note.startswith("median over cells, which have 0.0")
     assert "from η*/4 to 4·η*, a factor 16" in finding.statements[-1] and "diverged" not in finding.statements[-1]
 
 

@@ -7,7 +7,7 @@ from scipy import stats
 from worlds import World
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.width import _student, find, width_slope
+from scaling_jax.laws.width import _OF_RUNS, Slope, _said, _student, find, width_slope
 
 
 def numbers_of(world, seed=0):
@@ -38,6 +38,12 @@ def test_slopes_of_batch_sizes_are_students():
     interval = test.confidence_interval(0.95)
     assert found == pytest.approx((slopes.mean(), interval.low, interval.high, test.pvalue, 4))
     assert np.isnan(_student(slopes[:2]).p)
+
+
+def test_no_interval_is_said_of_what_there_is_too_little_of():
+    unknown = Slope(0.1, np.nan, np.nan, np.nan, 2)
+    assert _said("η*", unknown, "by 2 batch sizes").endswith("no interval, since 2 batch sizes are too few.")
+    assert _said("B*", unknown._replace(clusters=12), _OF_RUNS).endswith("no interval, since the noise of the runs is not known.")
 
 
 def test_the_slope_compares_equal_batch_and_horizon_only():

@@ -1,7 +1,7 @@
 """The best batch size beside the critical one, by every definition that a table has: do they go together, and how far apart are they?
 
 Both grow with the tokens seen, and any two quantities that do are correlated. So besides the correlation of their logarithms there is the
-correlation of what is left of each when its own trend in T is taken out.
+correlation of what is left of each when its own trend in T, and its level at each size, is taken out.
 """
 
 from typing import Any
@@ -78,12 +78,12 @@ def find(table, resamples: int = 2000, seed: int = 0) -> Finding:
     enough(usable, LEAST, WHAT)
     numbers: list[Number] = []
     statements: list[str] = []
-    rng = np.random.default_rng(seed)
+    log_batch_RxN = batches.draws(resamples, seed)["log_batch"]
     for definition, points in usable.groupby("definition", sort=False):
         if len(points) < LEAST:
             statements.append(f"{definition}: {len(points)} points are too few for a correlation.")
             continue
-        found = _compared(definition, points, rng.exponential(size=(resamples, len(points))))
+        found = _compared(definition, points, log_batch_RxN[:, _rows(batches, points)])
         numbers += found
         statements.append(_said(definition, *found))
     if not numbers:
@@ -93,44 +93,73 @@ def find(table, resamples: int = 2000, seed: int = 0) -> Finding:
         statements.append(
             f"The points of {', '.join(closed)} are means over runs with closed intervals; runs with an open one are left out."
         )
-    statements.append("Intervals resample sizes and horizons one by one; horizons of one run share a part of their noise.")
+    statements.append("Correlations take sizes and horizons for independent; the horizons of one run share a part of their noise.")
+    if usable["definition"].str.startswith("kink").any():
+        statements.append("A bend is measured on the runs that B* is: their errors go together, which is in that correlation too.")
     return Finding("batch_critical", "B* against B_crit", {}, None, numbers, statements, frame, count_runs(table))
 
 
-def _compared(definition: str, points, weight_RxN: np.ndarray) -> tuple[Number, Number, Number]:
+def _rows(batches: BatchOptima, points) -> list[int]:
+    """Which of the points of `batches` these are."""
+    keys = ["params", "width", "tokens"]
+    at = {tuple(row): i for i, row in enumerate(batches.points[keys].fillna(-1.0).to_numpy(float))}
+    return [at[tuple(row)] for row in points[keys].fillna(-1.0).to_numpy(float)]
+
+
+def _compared(definition: str, points, log_best_RxN: np.ndarray) -> tuple[Number, Number, Number]:
+    """The correlation, that beyond the trends, and the ratio; `log_best_RxN` are draws of ln B* of the points."""
     log_best, log_crit = (np.log(points[name].to_numpy(float)) for name in ("best_batch_tokens", "batch_crit_tokens"))
-    log_t = np.log(points["tokens"].to_numpy(float))
-    whole = np.ones((1, len(points)))
-    found = []
-    for name, measure in (
-        (f"correlation of ln B* and ln B_crit ({definition})", lambda w: _correlation(log_best, log_crit, w)),
-        (
-            f"the same beyond the trends in T ({definition})",
-            lambda w: _correlation(_detrended(log_best, log_t), _detrended(log_crit, log_t), w),
-        ),
-        (f"B*/B_crit ({definition})", lambda w: np.exp(w @ (log_best - log_crit) / w.sum(axis=1))),
-    ):
-        drawn = measure(weight_RxN)
-        known = np.isfinite(drawn).mean() > 0.9
-        low, high = np.nanpercentile(drawn, [2.5, 97.5]) if known else (None, None)
-        value = float(measure(whole)[0])
-        ends = (None if end is None else float(end) for end in (low, high))
-        found.append(Number(name, value if np.isfinite(value) else None, *ends, note=f"{len(points)} points"))
-    return found[0], found[1], found[2]
+    trend_NxK = _trend(points)
+    left = [y - trend_NxK @ np.linalg.lstsq(trend_NxK, y, rcond=None)[0] for y in (log_best, log_crit)]
+    note = f"{len(points)} points"
+    return (
+        Number(f"correlation of ln B* and ln B_crit ({definition})", *correlation(log_best, log_crit), note=note),
+        Number(f"the same beyond the trends in T ({definition})", *correlation(*left, trend_NxK.shape[1] - 1), note=note),
+        Number(f"B*/B_crit ({definition})", *_ratio(log_best - log_crit, log_best_RxN), note=note),
+    )
 
 
-def _correlation(x: np.ndarray, y: np.ndarray, weight_RxN: np.ndarray) -> np.ndarray:
-    """Of each set of weights, [R]."""
-    weight_RxN = weight_RxN / weight_RxN.sum(axis=1, keepdims=True)
-    x_RxN, y_RxN = x - (weight_RxN @ x)[:, None], y - (weight_RxN @ y)[:, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        spread = np.sqrt(np.sum(weight_RxN * x_RxN**2, axis=1) * np.sum(weight_RxN * y_RxN**2, axis=1))
-        return np.where(spread > 1e-12, np.sum(weight_RxN * x_RxN * y_RxN, axis=1) / spread, np.nan)
+def correlation(x: np.ndarray, y: np.ndarray, taken_out: int = 0) -> tuple[float | None, float | None, float | None]:
+    """Pearson's r and its 95% interval: of one width in Fisher's z = artanh r, so wide that 0 is outside where Student's t rejects it.
+
+    Args:
+      x, y: [n].
+      taken_out: regressors, besides the mean, that x and y are residuals of; as many degrees of freedom are gone.
+
+    Returns:
+      r (None where x or y does not vary), and the ends, None where fewer than 3 + `taken_out` points leave nothing to know it by.
+    """
+    from scipy.special import stdtrit  # only here: slow to import
+
+    x, y = x - x.mean(), y - y.mean()
+    spread = np.sqrt((x @ x) * (y @ y))
+    dof = len(x) - 2 - taken_out
+    if spread < 1e-12:
+        return None, None, None
+    r = float(np.clip(x @ y / spread, -1, 1))
+    if dof < 1:
+        return r, None, None
+    half = np.arcsinh(stdtrit(dof, 0.975) / np.sqrt(dof))
+    z = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
+    return r, float(np.tanh(z - half)), float(np.tanh(z + half))
 
 
-def _detrended(y: np.ndarray, log_t: np.ndarray) -> np.ndarray:
-    design = np.stack([np.ones(len(y)), log_t], axis=1)
-    return y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+def _trend(points) -> np.ndarray:
+    """A level for each size and one slope in ln T, [n, K]."""
+    size = points.groupby(["params", "width"], dropna=False, sort=False).ngroup().to_numpy()
+    return np.column_stack([np.eye(size.max() + 1)[size], np.log(points["tokens"].to_numpy(float))])
+
+
+def _ratio(log_ratio: np.ndarray, log_best_RxN: np.ndarray) -> tuple[float, float, float]:
+    """The geometric mean; its error is the larger of the scatter's and of what the runs' noise makes it, which horizons share."""
+    from scipy.special import stdtrit  # only here: slow to import
+
+    mean, count = log_ratio.mean(), len(log_ratio)
+    drawn = log_best_RxN.mean(axis=1)
+    drawn = drawn[np.isfinite(drawn)]
+    half = stdtrit(count - 1, 0.975) * log_ratio.std(ddof=1) / np.sqrt(count)
+    half = max(half, 1.96 * drawn.std()) if len(drawn) > 1 else half
+    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
 
 
 def _said(definition: str, correlation: Number, beyond: Number, ratio: Number) -> str:
@@ -144,8 +173,12 @@ def _said(definition: str, correlation: Number, beyond: Number, ratio: Number) -
         else "show no correlation beyond its error"
     )
     said = f"B* and B_crit by {definition} {together}; B* is {ratio.value:.2g} of it."
-    if correlation.low > 0 and beyond.low is not None and beyond.low <= 0:
-        said += " Nothing of that is left once the trend of each in T is taken out: both grow with T, and no more is shown."
+    if beyond.low is None:
+        return f"{said} The points are too few to tell what is left once the trend of each in T is taken out."
+    if beyond.high < 0:
+        return f"{said} Once the trend of each in T is taken out they go against each other."
+    if correlation.low > 0 and beyond.low <= 0:
+        said += " Nothing of that is shown once the trend of each in T is taken out: both grow with T, and no more is shown."
     return said
 
 

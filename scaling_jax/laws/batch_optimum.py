@@ -7,9 +7,20 @@ import numpy as np
 from scaling_jax.errors import UserError
 from scaling_jax.laws.finding import Analysis, Finding, Number
 from scaling_jax.laws.fit import fit
-from scaling_jax.laws.lr_optimum import EACH_SIDE, Optima, Valley, as_points, censored_counts, count_runs, enclosed_minimum, measure, minima
+from scaling_jax.laws.lr_optimum import (
+    EACH_SIDE,
+    Optima,
+    Valley,
+    as_points,
+    censored_counts,
+    count_runs,
+    enclosed_minimum,
+    measure,
+    minima,
+)
 from scaling_jax.laws.observations import Observations, different, enough
 from scaling_jax.laws.powers import Power, product_form, reference, with_run_noise
+from scaling_jax.laws.settings import confounded, runs_shared
 
 SOURCE = "Filatov et al. 2024, arXiv 2410.05838; published exponent: Filatov et al. 2025, arXiv 2510.03871 (Scion)"
 HUBER_DELTA = 0.2  # of ln B*: a parabola through batches two apart is good to about 0.1, and a step of the grid is 0.7
@@ -80,11 +91,11 @@ def find(table) -> Finding:
     data = observations(table, batches)
     form = batch_form(data)
     inside = (batches.points["censored"] == "").to_numpy()
-    fitted = with_run_noise(fit(form, data), data, batches.draws()["log_batch"][:, inside])
+    fitted = with_run_noise(fit(form, data), data, batches.draws()["log_batch"][:, inside], runs_shared(table))
     exponent = Number("B* ∝ T^m", fitted.values["tokens_exponent"], *fitted.intervals["tokens_exponent"], published=0.45, source=SOURCE)
     return Finding(
         "batch_optimum", TITLE, {form.name: fitted}, form.name if fitted.identified else None, [exponent, *_tolerance(batches)],
-        [_found(batches), *_of_sizes(data)], data.frame, count_runs(table),
+        [_found(batches), *_of_sizes(data), *confounded(batches.optima.points)], data.frame, count_runs(table),
     )  # fmt: skip
 
 
@@ -94,8 +105,10 @@ def observations(table, batches: BatchOptima) -> Observations:
 
     points = batches.points[batches.points["censored"] == ""]
     if not len(points):
-        counts = censored_counts(batches.points)
-        raise UserError(f"at none of {len(batches.points)} sizes and horizons is the best batch size inside the grid: {counts}; widen it")
+        counts = censored_counts(batches.points, "batch size")
+        raise UserError(
+            f"at none of {len(batches.points)} sizes and horizons is the best batch size inside the grid: {counts}; try more batch sizes"
+        )
     different(points["tokens"], "tokens", 2, "a law of the best batch size")
     enough(points, 3, "a law of the best batch size")
     names = ("tokens", *(("params",) if depends_on_size(table) and points["params"].nunique() > 1 else ()))
@@ -114,7 +127,7 @@ def batch_form(data: Observations):
 
 def _found(batches: BatchOptima) -> str:
     inside = int((batches.points["censored"] == "").sum())
-    counts = censored_counts(batches.points)
+    counts = censored_counts(batches.points, "batch size")
     return f"Of {len(batches.points)} sizes and horizons {inside} have their best batch size inside the grid; censored: {counts}."
 
 
@@ -125,18 +138,15 @@ def _of_sizes(data: Observations) -> list[str]:
 
 
 def _tolerance(batches: BatchOptima) -> list[Number]:
-    """What a factor 2 in B costs, from the parabolas, relative to the loss."""
+    """What a factor 2 in B costs, from the parabolas, relative to the loss: a median over sizes and horizons, and its range."""
     points = batches.points[batches.points["censored"] == ""]
     share = 0.5 * points["curvature"] * np.log(2) ** 2 / points["loss"]
     note = "median over sizes and horizons, each batch at its own best lr"
+    name = "loss of a factor 2 in B, relative"
     return [
-        Number(
-            "loss of a factor 2 in B, relative",
-            float(share.median()),
-            float(share.min()),
-            float(share.max()),
-            note=note + "; least and most",
-        )
+        Number(name, float(share.median()), note=note),
+        Number(f"{name}, least", float(share.min())),
+        Number(f"{name}, most", float(share.max())),
     ]
 
 
@@ -164,9 +174,8 @@ def find_regret(table, resamples: int = 1000, seed: int = 0) -> Finding:
     frame = pandas.DataFrame(rows)
     inside = frame[~frame["censored"]]
     if not len(inside):
-        raise UserError(
-            f"the best batch size is inside the grid nowhere ({censored_counts(batches.points)}): a regret has nothing to refer to"
-        )
+        counts = censored_counts(batches.points, "batch size")
+        raise UserError(f"the best batch size is inside the grid nowhere ({counts}): a regret has nothing to refer to")
     numbers, statements = [], [_found(batches)]
     for batch, of_batch in inside.groupby("batch_tokens"):
         ends = [of_batch[of_batch["tokens"] == at] for at in (of_batch["tokens"].min(), of_batch["tokens"].max())]

@@ -16,9 +16,11 @@ from scaling_jax.laws.compare import Comparison, compare
 from scaling_jax.laws.finding import Analysis, Finding, Number
 from scaling_jax.laws.fit import LawFit, fit
 from scaling_jax.laws.form import Form
-from scaling_jax.laws.lr_optimum import Optima, count_runs, measure
+from scaling_jax.laws.frontier import on_all_data
+from scaling_jax.laws.lr_optimum import Optima, count_runs, measure, minima
 from scaling_jax.laws.observations import Observations, checked, different, enough
 from scaling_jax.laws.powers import Power, product_form, reference
+from scaling_jax.laws.settings import CELL, cell_columns, confounded, one_setting
 
 KAPLAN = "Kaplan et al. 2020, arXiv 2001.08361, eq. 1.4"
 FILATOV = "Filatov et al. 2024, arXiv 2410.05838"
@@ -39,27 +41,26 @@ def noise_points(table, column: str = COLUMNS[0], optima: Optima | None = None):
 
     if column not in table:
         raise UserError(f"the table has no {column}; runs that measure the noise scale have it (noise_scale.measure)")
-    rows = checked(table, ("loss", column, "tokens"))
-    horizon = "horizon_tokens" if "horizon_tokens" in rows else "tokens"
+    rows = on_all_data(checked(table, ("loss", column, "tokens")))
+    horizon, cell = "horizon_tokens" if "horizon_tokens" in rows else "tokens", list(CELL)
+    rows = rows[rows[horizon].notna()]
     rows = rows.assign(tokens=rows[horizon].astype(float))
     for name in ("params", "width", "batch_tokens"):
         rows[name] = rows[name].astype(float) if name in rows else np.nan
     if "lr" in rows and rows["lr"].nunique() > 1:
-        best = (optima or measure(table)).points
-        best = best[best["censored"] == ""][["params", "width", "batch_tokens", "tokens", "lr"]].rename(columns={"lr": "best_lr"})
-        rows = rows.merge(
-            best.drop_duplicates(["params", "width", "batch_tokens", "tokens"]), on=["params", "width", "batch_tokens", "tokens"]
-        )
-        rows = rows[np.abs(np.log(rows["lr"] / rows["best_lr"])) <= _NEAR]
+        whole = on_all_data(table)
+        best = minima(whole, optima or measure(whole))[[*cell, "lr"]].rename(columns={"lr": "best_lr"})
+        rows = rows.merge(best, on=cell)
+        rows = rows[np.abs(np.log(rows["lr"].astype(float) / rows["best_lr"])) <= _NEAR]
+    else:
+        one_setting(rows.drop_duplicates([name for name in (*cell_columns(rows), "tokens") if name in rows]), cell)
     value = rows[column].astype(float)
     closed = value.gt(0) & np.isfinite(value)
     for end in ("low", "high"):
         if f"{column}_{end}" in rows:
             closed &= np.isfinite(rows[f"{column}_{end}"].astype(float))
     rows = rows.assign(log_value=np.where(closed, np.log(value.where(closed, 1.0)), np.nan))
-    found = rows.groupby(["params", "width", "batch_tokens", "tokens"], dropna=False).agg(
-        log_value=("log_value", "mean"), loss=("loss", "mean"), runs=("loss", "size")
-    )
+    found = rows.groupby(cell, dropna=False).agg(log_value=("log_value", "mean"), loss=("loss", "mean"), runs=("loss", "size"))
     found = found.reset_index().assign(censored=lambda f: f["log_value"].isna())
     found["batch_crit_tokens"] = np.exp(found.pop("log_value"))
     return pandas.DataFrame(found)
@@ -93,13 +94,14 @@ def observations(table, column: str = COLUMNS[0], optima: Optima | None = None) 
 
 def find(table) -> Finding:
     """B_crit by tokens against B_crit by loss, jointly across sizes."""
+    table = on_all_data(table)
     optima = measure(table) if "lr" in table and table["lr"].nunique() > 1 and "batch_tokens" in table else None
     data = observations(table, optima=optima)
     rivals = forms(data)
     fits = {form.name: fit(form, data) for form in rivals}
     held_out, said = _held_out(rivals[:2], data)
     numbers = _offsets(fits) + [_collinearity(data)]
-    statements = said + _verdict(fits, held_out, data)
+    statements = said + _verdict(fits, held_out, data) + (confounded(optima.points) if optima else [])
     frames = [data.frame]
     if COLUMNS[1] in table and table[COLUMNS[1]].notna().any():
         more, sentence, frame = _preconditioned(table, optima)

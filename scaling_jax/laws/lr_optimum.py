@@ -8,12 +8,12 @@ import numpy as np
 from scaling_jax.errors import UserError
 from scaling_jax.laws.finding import Analysis, Finding, Number
 from scaling_jax.laws.observations import checked
+from scaling_jax.laws.settings import cell_columns, confounded, one_setting
 from scaling_jax.laws.table import check, known, required
 
 SOURCE = "Filatov et al. 2024, arXiv 2410.05838"
 TITLE = "Best learning rate by batch size and tokens"
 EACH_SIDE = 2  # grid points on either side of the lowest that a parabola is fitted to
-_SETTINGS = ("depth", "head_dim", "context", "weight_decay", "warmup_tokens", "data_tokens", "parametrization", "schedule")
 _LEAST_DOF = 10  # of residuals, to know their variance horizon by horizon
 
 
@@ -135,33 +135,44 @@ class Cell(NamedTuple):
 
 class Optima(NamedTuple):
     """The minima of all cells. `points` is as `lr_points` gives it, a row for each of `cells`. `relative_sd` [cells] is the error of a loss
-    of a cell, from the scatter about the parabolas, and `shared` the part of its variance that horizons of one run have in common."""
+    of a cell, from the scatter about the parabolas, and `shared` the part of its variance that horizons of one run have in common.
+    `incomplete` rows had no batch_tokens, lr or horizon and were left out."""
 
     points: Any
     cells: list[Cell]
     relative_sd: np.ndarray
     shared: float
+    incomplete: int = 0
+
+    def noise(self, resamples: int, seed: int) -> list[np.ndarray]:
+        """Draws of what the runs' noise adds to ln of the losses of each cell, [resamples, its lrs]; nan where nothing is known of it.
+
+        It is drawn for each run, and its horizons share `shared` of the variance.
+        """
+        rng = np.random.default_rng(seed)
+        common: dict[tuple, np.ndarray] = {}  # by size, batch and lr
+        found = []
+        for cell, sd in zip(self.cells, self.relative_sd, strict=True):
+            groups = [(*((n, v) for n, v in cell.key.items() if n != "tokens"), lr) for lr in cell.lr]
+            for group in groups:
+                if group not in common:
+                    common[group] = rng.normal(size=resamples)
+            shared_Rxn = np.stack([common[group] for group in groups], axis=1) if groups else np.zeros((resamples, 0))
+            found.append(sd * (np.sqrt(self.shared) * shared_Rxn + np.sqrt(1 - self.shared) * rng.normal(size=shared_Rxn.shape)))
+        return found
 
     def draws(self, resamples: int = 400, seed: int = 0) -> dict[str, np.ndarray]:
         """What the minima might have been, had the runs' noise been another: `log_lr`, `loss` and `curvature`, each [resamples, cells].
 
-        The noise is drawn for each run, and its horizons share `shared` of it, so that what is computed from several horizons gets the
-        right interval. Windows stay; nan where a minimum is censored, nothing is known of the noise, or a parabola turns over.
+        The noise is that of runs, so that what is computed from several of their horizons gets the right interval. Windows stay; nan
+        where a minimum is censored, nothing is known of the noise, or a parabola turns over.
         """
-        rng = np.random.default_rng(seed)
         found = {name: np.full((resamples, len(self.cells)), np.nan) for name in ("log_lr", "loss", "curvature")}
-        common: dict[tuple, np.ndarray] = {}  # by size, batch and lr
-        for i, (cell, sd) in enumerate(zip(self.cells, self.relative_sd, strict=True)):
-            if cell.valley is None or not np.isfinite(sd):
+        for i, (cell, noise_Rxn) in enumerate(zip(self.cells, self.noise(resamples, seed), strict=True)):
+            if cell.valley is None or not np.isfinite(self.relative_sd[i]):
                 continue
             valley = cell.valley
-            groups = [(*((n, v) for n, v in cell.key.items() if n != "tokens"), lr) for lr in cell.lr[valley.used]]
-            for group in groups:
-                if group not in common:
-                    common[group] = rng.normal(size=resamples)
-            shared_Rxn = np.stack([common[group] for group in groups], axis=1)
-            noise_Rxn = np.sqrt(self.shared) * shared_Rxn + np.sqrt(1 - self.shared) * rng.normal(size=shared_Rxn.shape)
-            coefficients = valley.coefficients + sd * valley.loss * noise_Rxn @ np.linalg.pinv(valley.powers).T
+            coefficients = valley.coefficients + valley.loss * noise_Rxn[:, valley.used] @ np.linalg.pinv(valley.powers).T
             curve, slope, height = np.where(coefficients[:, :1] > 0, coefficients, np.nan).T
             reach = np.ptp(valley.powers[:, 1])
             found["log_lr"][:, i] = valley.centre + np.clip(-slope / (2 * curve), -reach, reach)
@@ -175,7 +186,7 @@ def measure(table, each_side: int = EACH_SIDE) -> Optima:
 
     Args:
       table: of `results.load`; `batch_tokens`, `lr`, `loss`, `tokens` (or `horizon_tokens`), and those of `params`, `width`, `status`,
-        `seed` and the settings that there are.
+        `seed` and the settings that there are. Rows without one of the first four are left out and counted.
       each_side: as in `lr_optima`.
     """
     import pandas
@@ -186,7 +197,10 @@ def measure(table, each_side: int = EACH_SIDE) -> Optima:
     cells = []
     diverged = table[table["status"].eq("diverged")] if "status" in table else table.iloc[:0]
     grid = pandas.concat([finished.assign(_loss=finished["loss"]), diverged.assign(_loss=np.nan)])
-    for values, rows in grid.groupby(keys, sort=True, dropna=False):
+    numeric = [name for name in ("params", "width", "batch_tokens", "lr", keys[-1], "_loss") if name in grid]
+    grid = grid.assign(**{name: grid[name].astype(float) for name in numeric})  # of nullable columns too
+    whole = grid[["batch_tokens", "lr", keys[-1]]].notna().all(axis=1)
+    for values, rows in grid[whole].groupby(keys, sort=True, dropna=False):
         key = dict(zip(keys, values, strict=True))
         if "horizon_tokens" in key:
             key["tokens"] = key.pop("horizon_tokens")
@@ -196,7 +210,7 @@ def measure(table, each_side: int = EACH_SIDE) -> Optima:
         lr, loss = mean.index.to_numpy(float), mean.to_numpy(float)
         cells.append(Cell(key, lr, loss, lost, len(rows), enclosed_minimum(lr, loss, each_side)))
     if not cells:
-        raise UserError("the table has no finished run with batch_tokens, lr and loss; there is no learning rate to choose from")
+        raise UserError(f"no finished run has batch_tokens, lr, {keys[-1]} and loss; there is no learning rate to choose from")
     sd, shared = _noise(cells)
     rows = [_row(cell, error) for cell, error in zip(cells, sd, strict=True)]
     points = pandas.DataFrame(rows)
@@ -204,7 +218,7 @@ def measure(table, each_side: int = EACH_SIDE) -> Optima:
         if name in points:
             continue
         points[name] = float(table[name].dropna().iloc[0]) if name in table and table[name].notna().any() else np.nan
-    return Optima(points, cells, sd, shared)
+    return Optima(points, cells, sd, shared, int((~whole).sum()))
 
 
 def lr_points(table, each_side: int = EACH_SIDE):
@@ -217,14 +231,6 @@ def lr_points(table, each_side: int = EACH_SIDE):
     censored `lr` is the bound and `loss` that of the bound. Errors are nan where no grid has more points than a parabola needs.
     """
     return measure(table, each_side).points
-
-
-def cell_columns(table) -> list[str]:
-    """Columns that tell one cell of a study from another: all that its grid varies but the learning rate and the seed."""
-    dotted = [str(name) for name in table.columns if "." in str(name) and not str(name).startswith("optimizer.lr")]
-    differ = [name for name in (*_SETTINGS, *dotted) if name in table and table[name].nunique(dropna=False) > 1]
-    sizes = [name for name in ("params", "width") if name in table]
-    return [*sizes, *differ, "batch_tokens", "horizon_tokens" if "horizon_tokens" in table else "tokens"]
 
 
 def _noise(cells: list[Cell]) -> tuple[np.ndarray, float]:
@@ -294,27 +300,25 @@ def minima(table, optima: Optima | None = None):
       UserError: there is none; or at one size, batch size and horizon there are several, of settings that differ.
     """
     points = (optima or measure(table)).points
-    repeated = points[points.duplicated(["params", "width", "batch_tokens", "tokens"], keep=False)]
-    if len(repeated):
-        names = [name for name in points.columns if (name in _SETTINGS or "." in str(name)) and repeated[name].nunique() > 1]
-        differ = ", ".join(names)
-        raise UserError(
-            f"{differ} differ at the same size, batch_tokens and tokens; one setting at a time can be fitted: select rows of one"
-        )
+    one_setting(points)
+    return _inside(points).reset_index(drop=True)
+
+
+def _inside(points):
     inside = points[points["censored"] == ""]
     if not len(inside):
         counts = censored_counts(points)
         raise UserError(f"none of {len(points)} cells has its lowest loss between two higher ones: {counts}; widen the lr grid")
-    return inside.reset_index(drop=True)
+    return inside
 
 
-def censored_counts(points) -> str:
-    """How many minima are bounds only, in words."""
+def censored_counts(points, what: str = "lr") -> str:
+    """How many minima in `what`, "lr" or "batch size", are bounds only, in words."""
     counts = points["censored"].value_counts()
     said = {
-        "low": "at the lowest lr of their grid (bounds from above)",
-        "high": "at the highest lr that did not diverge (bounds from below)",
-        "too few": "with fewer than three lrs",
+        "low": f"at the lowest {what} of their grid (bounds from above)",
+        "high": f"at the highest {what}{' that did not diverge' if what == 'lr' else ' of their grid'} (bounds from below)",
+        "too few": f"with fewer than three {what}s",
     }
     parts = [f"{counts[key]} {text}" for key, text in said.items() if counts.get(key, 0)]
     return ", ".join(parts) or "none censored"
@@ -329,7 +333,7 @@ def find(table) -> Finding:
     """The measured points η*(B, T); no law."""
     optima = measure(table)
     points = optima.points
-    inside = points[points["censored"] == ""]
+    inside = _inside(points)
     known_se = inside["lr_log_se"].dropna()
     numbers = [Number("minima inside their grid", float(len(inside))), Number("censored minima", float(len(points) - len(inside)))]
     if len(known_se):
@@ -337,7 +341,10 @@ def find(table) -> Finding:
     statements = [f"Of {len(points)} cells {len(inside)} have a minimum inside their grid; censored: {censored_counts(points)}."]
     if not len(known_se):
         statements.append("No grid has more points than a parabola needs: the errors of η* are not known.")
-    if len(inside) and (beside := int(points["beside_divergence"][points["censored"] == "high"].sum())):
+    if optima.incomplete:
+        statements.append(f"{optima.incomplete} rows have no batch_tokens, lr or horizon, and are left out.")
+    statements += confounded(points)
+    if beside := int(points["beside_divergence"][points["censored"] == "high"].sum()):
         statements.append(f"{beside} of the bounds from below lie next to divergence: the best lr may be the highest that is stable.")
     return Finding("lr_optimum", TITLE, {}, None, numbers, statements, as_points(points), count_runs(table))
 

@@ -18,6 +18,7 @@ from scaling_jax.laws.form import Form, Parameter
 from scaling_jax.laws.lr_optimum import Optima, as_points, censored_counts, count_runs, measure, minima
 from scaling_jax.laws.observations import Observations, different
 from scaling_jax.laws.powers import Power, product_form, reference
+from scaling_jax.laws.settings import confounded, runs_shared
 
 SURGE = "Li et al. 2024, arXiv 2405.14578; B_crit(T) as in Filatov et al. 2024, arXiv 2410.05838"
 PLATEAU = "rival of the surge, without its fall above B_crit"
@@ -26,8 +27,8 @@ POWER = "Filatov et al. 2025, arXiv 2510.03871, where no bend is seen"
 # √2 or 0.35 in the logarithm: between the two a residual stops to count by its square.
 HUBER_DELTA = 0.1
 WHAT = "a surface of the best learning rate"
+_BENDLESS = "the power, which has no bend, predicts best: these data show no B_crit"
 _BEYOND = 30.0  # a bend this many times outside the batches that were tried moves no point by more than 3%, less than a minimum's error
-_RUNS_SHARED = ("constant", "wsd")  # schedules where one run serves all horizons
 
 
 def _powers(symbol: str, tokens: float, params: float | None) -> str:
@@ -134,10 +135,7 @@ def depends_on_size(table) -> bool:
 def clusters(table, points, by: Sequence[str] | None = None) -> np.ndarray:
     """Labels of what is resampled together, [points]: the points of one size and batch size, where its horizons are of the same runs."""
     if by is None:
-        shared = "schedule" not in table or table["schedule"].isin(_RUNS_SHARED).any()
-        by = ("params", "width", "batch_tokens", *(() if shared else ("tokens",)))
-        if "schedule" not in table and "status" not in table:  # somebody else's table: a budget is a run
-            by = ("params", "width", "batch_tokens", "tokens")
+        by = ("params", "width", "batch_tokens", *(() if runs_shared(table) else ("tokens",)))
     return points.groupby(list(by), dropna=False, sort=False).ngroup().to_numpy()
 
 
@@ -204,18 +202,21 @@ def best_of(fits: dict[str, LawFit], comparison: Comparison | None) -> str | Non
 
 def find(table, cluster_by: Sequence[str] | None = None) -> Finding:
     """The rivals of η*(B, T[, N]), fitted and compared."""
-    data = observations(table, cluster_by=cluster_by)
+    optima = measure(table)
+    data = observations(table, optima, cluster_by)
     fits, comparisons, statements = surface(data)
+    comparison = comparisons[0] if comparisons else None
+    bendless = _BENDLESS if comparison is not None and comparison.tied == ["power"] else ""
     numbers = [upper_slope(data)]
     for name in ("surge", "plateau"):
-        numbers += _exponents(name, fits[name])
-    statements = [f"{comparison.statement}." for comparison in comparisons] + statements + _statements(fits, comparisons, data)
-    comparison = comparisons[0] if comparisons else None
+        numbers += _exponents(name, fits[name], bendless)
+    statements = [f"{comparison.statement}." for comparison in comparisons] + statements + _statements(fits, comparisons, data, bendless)
+    statements += confounded(optima.points)
     runs = count_runs(table)
     return Finding("lr_surface", "η*(B, T)", fits, best_of(fits, comparison), numbers, statements, data.frame, runs, comparison)
 
 
-def _exponents(name: str, fitted: LawFit) -> list[Number]:
+def _exponents(name: str, fitted: LawFit, bendless: str) -> list[Number]:
     of = {
         "batch_crit_tokens_exponent": "B_crit ∝ T^p",
         "batch_crit_params_exponent": "B_crit ∝ N^r",
@@ -225,16 +226,18 @@ def _exponents(name: str, fitted: LawFit) -> list[Number]:
     for parameter, law in of.items():
         if parameter not in fitted.values:
             continue
-        note = fitted.unidentified.get(parameter) or fitted.unidentified.get("batch_crit", "")  # nothing scales a bend that is not there
+        note = (
+            fitted.unidentified.get(parameter) or fitted.unidentified.get("batch_crit") or bendless
+        )  # nothing scales a bend that is not there
         published = 1.0 if parameter == "batch_crit_tokens_exponent" else None
-        low, high = fitted.intervals[parameter]
+        low, high = (None, None) if bendless else fitted.intervals[parameter]
         value = None if note else fitted.values[parameter]
         source = "Filatov et al. 2024" if published else ""
         found.append(Number(f"{law} by {name}", value, low, high, published=published, source=source, note=note))
     return found
 
 
-def _statements(fits: dict[str, LawFit], comparisons: Sequence[Comparison], data: Observations) -> list[str]:
+def _statements(fits: dict[str, LawFit], comparisons: Sequence[Comparison], data: Observations, bendless: str) -> list[str]:
     said = []
     for name in ("surge", "plateau"):
         if fits[name].unidentified:
@@ -247,7 +250,9 @@ def _statements(fits: dict[str, LawFit], comparisons: Sequence[Comparison], data
     tied = bool(comparisons) and all({"surge", "plateau"} <= {comparison.best, *comparison.tied} for comparison in comparisons)
     if tied:
         said.append("Surge and plateau cannot be told apart by these data: neither predicts what is held out better than the other.")
-    if all(fits[name].identified for name in ("surge", "plateau")):
+    if bendless:
+        said.append(f"{bendless[0].upper()}{bendless[1:]}.")
+    elif all(fits[name].identified for name in ("surge", "plateau")):
         p = {name: fits[name].values["batch_crit_tokens_exponent"] for name in ("surge", "plateau")}
         c = {name: fits[name].values["batch_crit"] for name in ("surge", "plateau")}
         said.append(
@@ -285,7 +290,8 @@ def find_regimes(table, resamples: int = 1000, seed: int = 0) -> Finding:
         raise UserError("no batch size has minima inside the grid at three horizons or more; an exponent of η* in T needs them")
     import pandas
 
-    return Finding("lr_regimes", "η* in T at fixed B", {}, None, numbers, _regimes(numbers), pandas.DataFrame(rows), count_runs(table))
+    statements = _regimes(numbers) + confounded(everything)
+    return Finding("lr_regimes", "η* in T at fixed B", {}, None, numbers, statements, pandas.DataFrame(rows), count_runs(table))
 
 
 def _bends(table, optima: Optima) -> Callable | None:

@@ -4,17 +4,18 @@ All three say what to set from sizes alone. StepLaw and DeepSeek are of the best
 keeps B and asks how η* falls with the budget.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.finding import Analysis, Finding, Number
-from scaling_jax.laws.fit import fit
+from scaling_jax.laws.finding import Analysis, Finding
+from scaling_jax.laws.fit import LawFit, fit
 from scaling_jax.laws.form import Form
-from scaling_jax.laws.lr_optimum import count_runs, measure, minima
-from scaling_jax.laws.observations import Observations, checked, different, enough
-from scaling_jax.laws.powers import Power, product_form
+from scaling_jax.laws.lr_optimum import Optima, count_runs, measure, minima
+from scaling_jax.laws.observations import Observations, different, enough
+from scaling_jax.laws.powers import Power, product_form, with_run_noise
+from scaling_jax.laws.settings import confounded, one_setting, runs_shared
 
 STEPLAW = "Li et al. 2025, arXiv 2503.04715"
 DEEPSEEK = "Bi et al. 2024, arXiv 2401.02954"
@@ -56,76 +57,119 @@ def bjorck_form(several_sizes: bool) -> Form:
     return product_form("bjorck", "lr", "η*", "", powers, BJORCK, HUBER_DELTA, scale="lr")
 
 
-def joint_optima(table):
+class Pairs(NamedTuple):
+    """Best pairs (η, B). `points` has a row for each size and horizon: params, tokens, flops, lr, batch_tokens, loss (of the quadratic
+    there, nats per token), cells (that it is fitted to), rms (of its residuals, nats per token), runs, and `censored` with `why`: too few
+    cells, no minimum, or one outside of those cells. `log_lr` and `log_batch` [resamples, points] are draws of both as the runs' noise
+    moves them together; nan where censored, where nothing is known of the noise, or where the quadratic turns over."""
+
+    points: Any
+    log_lr: np.ndarray
+    log_batch: np.ndarray
+
+
+def joint_optima(table, optima: Optima | None = None, resamples: int = 1000, seed: int = 0) -> Pairs:
     """The best pair (η, B) of each size and horizon, by a quadratic in (ln η, ln B) through all cells within 2% of the lowest loss.
 
-    Returns:
-      A DataFrame: params, tokens, flops, lr, batch_tokens, loss (of the quadratic there, nats per token), cells (that it is fitted to), rms
-      (of its residuals, nats per token), runs, and `censored` with `why`: too few cells, no minimum, or one outside of those cells.
+    Seeds are averaged, and an lr where one of them diverged is left out.
+
+    Raises:
+      UserError: rows of one size and horizon are of settings, or shapes, that differ.
     """
     import pandas
 
-    rows = checked(table, ("loss", "lr", "batch_tokens"))
-    horizon = "horizon_tokens" if "horizon_tokens" in rows else "tokens"
-    if "params" not in rows or horizon not in rows:
+    _sized(table)
+    optima = optima or measure(table)
+    cells = optima.points
+    one_setting(cells, ("params", "batch_tokens", "tokens"))
+    noise = optima.noise(resamples, seed)
+    sizes, horizons = (table[name].astype(float) for name in ("params", "horizon_tokens" if "horizon_tokens" in table else "tokens"))
+    found, drawn = [], []
+    for (params, tokens), here in cells.groupby(["params", "tokens"]):
+        members = [optima.cells[i] for i in here.index]
+        lr, loss = (np.concatenate([getattr(cell, name) for cell in members]) for name in ("lr", "loss"))
+        batch = np.repeat(here["batch_tokens"].to_numpy(float), [len(cell.lr) for cell in members])
+        shared = {"params": float(params), "tokens": float(tokens), "runs": int(here["runs"].sum())}
+        shared["flops"] = _flops(table[sizes.eq(params) & horizons.eq(tokens)], 6.0 * params * tokens)
+        row, moved = _quadratic(lr, batch, loss, np.concatenate([noise[i] for i in here.index], axis=1))
+        found.append(shared | row)
+        drawn.append(moved)
+    log_lr, log_batch = np.stack(drawn, axis=2)
+    return Pairs(pandas.DataFrame(found), log_lr, log_batch)
+
+
+def _sized(table) -> None:
+    if "params" not in table or table["params"].isna().all() or not {"tokens", "horizon_tokens"} & set(table):
         raise UserError("the table has no params or no tokens; the best pair is that of a size and a budget")
-    flops = rows["flops"].astype(float) if "flops" in rows else 6 * rows["params"].astype(float) * rows[horizon].astype(float)
-    rows = rows.assign(_tokens=rows[horizon].astype(float), _flops=flops)
-    found = []
-    for (params, tokens), cell in rows.groupby(["params", "_tokens"]):
-        grid = cell.groupby(["lr", "batch_tokens"])["loss"].mean().reset_index()
-        shared = {"params": float(params), "tokens": float(tokens), "flops": float(cell["_flops"].mean()), "runs": len(cell)}
-        found.append(shared | _quadratic(*(grid[name].to_numpy(float) for name in ("lr", "batch_tokens", "loss"))))
-    return pandas.DataFrame(found)
 
 
-def _quadratic(lr: np.ndarray, batch: np.ndarray, loss: np.ndarray) -> dict[str, Any]:
+def _flops(rows, otherwise: float) -> float:
+    return float(rows["flops"].mean()) if "flops" in rows and rows["flops"].notna().any() else otherwise
+
+
+def _quadratic(lr: np.ndarray, batch: np.ndarray, loss: np.ndarray, noise_RxN: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    """What there is of a minimum, and draws of ln η* and ln B*, [2, R]."""
+    unknown = np.full((2, len(noise_RxN)), np.nan)
+    if not len(loss):
+        nothing = dict.fromkeys(("lr", "batch_tokens", "loss", "rms"), np.nan)
+        return nothing | {"cells": 0, "censored": True, "why": "no run that did not diverge"}, unknown
     at = int(np.argmin(loss))
     near = loss <= loss[at] * (1 + WITHIN)
     x, z, y = np.log(lr[near] / lr[at]), np.log(batch[near] / batch[at]), loss[near]
     bound = {"lr": float(lr[at]), "batch_tokens": float(batch[at]), "loss": float(loss[at]), "cells": int(near.sum()), "rms": np.nan}
     if near.sum() < _LEAST_CELLS or np.ptp(x) == 0 or np.ptp(z) == 0:
-        return bound | {"censored": True, "why": "too few cells near the lowest loss"}
+        return bound | {"censored": True, "why": "too few cells near the lowest loss"}, unknown
     design = np.stack([x * x, x * z, z * z, x, z, np.ones_like(x)], axis=1)
     c, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
-    curve = np.array([[2 * c[0], c[1]], [c[1], 2 * c[2]]])
-    if rank < 6 or np.linalg.eigvalsh(curve).min() <= 0:
-        return bound | {"censored": True, "why": "no minimum near the lowest loss"}
-    shift = -np.linalg.solve(curve, c[3:5])
+    if rank < 6 or np.isnan(shift := _lowest(c)).any():
+        return bound | {"censored": True, "why": "no minimum near the lowest loss"}, unknown
     if not (x.min() <= shift[0] <= x.max() and z.min() <= shift[1] <= z.max()):
-        return bound | {"censored": True, "why": "the minimum lies outside of the cells near the lowest loss"}
+        return bound | {"censored": True, "why": "the minimum lies outside of the cells near the lowest loss"}, unknown
     rms = float(np.sqrt(np.mean((y - design @ c) ** 2)))
     found = {"lr": float(lr[at] * np.exp(shift[0])), "batch_tokens": float(batch[at] * np.exp(shift[1]))}
-    return bound | found | {"loss": float(c[5] + 0.5 * c[3:5] @ shift), "rms": rms, "censored": False, "why": ""}
+    found |= {"loss": float(c[5] + 0.5 * c[3:5] @ shift), "rms": rms, "censored": False, "why": ""}
+    moved_Rx2 = _lowest(c + (y * noise_RxN[:, near]) @ np.linalg.pinv(design).T)
+    moved = np.clip(moved_Rx2.T, [[-np.ptp(x)], [-np.ptp(z)]], [[np.ptp(x)], [np.ptp(z)]])
+    return bound | found, moved + np.log([[lr[at]], [batch[at]]])
 
 
-def _fitted(name: str, title: str, table, forms: list[Form], source: str, least: dict[str, int]) -> Finding:
-    frame = joint_optima(table)
-    points = frame[~frame["censored"]]
+def _lowest(c: np.ndarray) -> np.ndarray:
+    """Where quadratics of coefficients of x², xz, z², x, z and 1, [..., 6], are lowest, [..., 2]; nan where they are no valley."""
+    xx, xz, zz, x, z, _ = np.moveaxis(c, -1, 0)
+    determinant = 4 * xx * zz - xz**2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        at = np.stack([xz * z - 2 * zz * x, xz * x - 2 * xx * z], axis=-1) / determinant[..., None]
+    return np.where(((xx > 0) & (determinant > 0))[..., None], at, np.nan)
+
+
+def _fitted(name: str, title: str, table, forms: list[Form], least: dict[str, int]) -> Finding:
+    _sized(table)
+    optima = measure(table)
+    pairs = joint_optima(table, optima)
+    frame = pairs.points
+    inside = (~frame["censored"]).to_numpy()
+    points = frame[inside]
     enough(points, 3, title)
     for column, count in least.items():
         different(points[column], column, count, title)
-    fits, numbers = {}, []
+    fits = {}
     for form in forms:
         x = {column: points[column].to_numpy(float) for column in form.inputs}
         origin = f"best pairs of {len(points)} of {len(frame)} sizes and budgets"
         data = Observations(x, points[form.target].to_numpy(float), np.arange(len(points)), origin, frame)
-        fits[form.name] = fit(form, data)
-        numbers += _beside(form, fits[form.name], source)
+        drawn = pairs.log_lr if form.target == "lr" else pairs.log_batch
+        fits[form.name] = _of_runs(fit(form, data), data, drawn[:, inside], table)
     statements = [
         f"{len(points)} of {len(frame)} sizes and budgets have their best pair inside the grid, by a quadratic in (ln η, ln B) through "
         f"what is within {WITHIN:.0%} of the lowest loss."
     ]
     statements += [said for form in forms for said in _against(form, fits[form.name])]
-    return Finding(name, title, fits, None, numbers, statements, frame, count_runs(table))
+    return Finding(name, title, fits, None, [], [*statements, *confounded(optima.points)], frame, count_runs(table))
 
 
-def _beside(form: Form, fitted, source: str) -> list[Number]:
-    names = {parameter.name: parameter for parameter in form.parameters if parameter.published is not None}
-    return [
-        Number(f"{form.name}: {name}", fitted.values[name], *fitted.intervals[name], p.unit, p.published, source)
-        for name, p in names.items()
-    ]
+def _of_runs(fitted: LawFit, data: Observations, log_y_RxN: np.ndarray, table) -> LawFit:
+    """With intervals from the noise of the runs where horizons share them; else each point is a run's own and the bootstrap's hold."""
+    return with_run_noise(fitted, data, log_y_RxN, shared=True) if runs_shared(table) else fitted
 
 
 def _against(form: Form, fitted) -> list[str]:
@@ -142,22 +186,25 @@ def _against(form: Form, fitted) -> list[str]:
 
 def find_steplaw(table) -> Finding:
     """η = c·N^a·D^b and B = c·D^d."""
-    return _fitted("steplaw", "StepLaw", table, steplaw_forms(), STEPLAW, {"params": 2, "tokens": 3})
+    return _fitted("steplaw", "StepLaw", table, steplaw_forms(), {"params": 2, "tokens": 3})
 
 
 def find_deepseek(table) -> Finding:
     """η and B as powers of compute."""
-    found = _fitted("deepseek", "DeepSeek", table, deepseek_forms(), DEEPSEEK, {"flops": 3})
+    found = _fitted("deepseek", "DeepSeek", table, deepseek_forms(), {"flops": 3})
     said = "DeepSeek's law is of budgets that are spent on the best size for each; a grid of all sizes at all budgets mixes others in."
     return found._replace(statements=[*found.statements, said])
 
 
 def find_bjorck(table) -> Finding:
-    """η* = c·N^a·D^b at the batch size with most minima."""
+    """η* = c·N^a·D^b at the batch size with most minima, the middle one where several have as many."""
     optima = measure(table)
     points = minima(table, optima)
-    batch = points["batch_tokens"].value_counts().sort_index().idxmax()
-    here = points[points["batch_tokens"] == batch]
+    counts = points["batch_tokens"].value_counts().sort_index()
+    most = counts.index[counts == counts.max()]
+    batch = most[(len(most) - 1) // 2]
+    inside = (optima.points["batch_tokens"].eq(batch) & optima.points["censored"].eq("")).to_numpy()
+    here = optima.points[inside]
     several = here["params"].nunique() > 1
     enough(here, 4, "Bjorck's law")
     different(here["tokens"], "tokens", 3, "Bjorck's law")
@@ -167,14 +214,14 @@ def find_bjorck(table) -> Finding:
     data = Observations(
         x, here["lr"].to_numpy(float), np.arange(len(here)), origin, points.assign(censored=points["batch_tokens"] != batch)
     )
-    fitted = fit(form, data)
+    fitted = _of_runs(fit(form, data), data, optima.draws(1000)["log_lr"][:, inside], table)
+    why = "which has most minima" if len(most) == 1 else f"the middle one of {len(most)} that have {counts.max()} minima each, the most"
     statements = [
-        f"At one batch size, {batch:.4g} tokens, which has most minima; at another the exponent may be another.",
+        f"At one batch size, {batch:.4g} tokens, {why}; at another the exponent may be another.",
         *_against(form, fitted),
+        *confounded(optima.points),
     ]
-    return Finding(
-        "bjorck", "Bjorck et al.", {form.name: fitted}, None, _beside(form, fitted, BJORCK), statements, data.frame, count_runs(table)
-    )
+    return Finding("bjorck", "Bjorck et al.", {form.name: fitted}, None, [], statements, data.frame, count_runs(table))
 
 
 _NEEDS = ("params", "tokens", "batch_tokens", "lr", "loss")

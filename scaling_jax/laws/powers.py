@@ -77,7 +77,7 @@ def _product(scale: str, factors: tuple[tuple[str, str], ...]) -> Callable:
     return functools.partial(product, scale=scale, factors=factors)
 
 
-def with_run_noise(fitted: LawFit, data: Observations, log_y_RxN: np.ndarray) -> LawFit:
+def with_run_noise(fitted: LawFit, data: Observations, log_y_RxN: np.ndarray, shared: bool = False) -> LawFit:
     """A fitted product of powers, its intervals from draws of the points instead of a bootstrap over them.
 
     For points that were measured on the same runs at several horizons, whose errors are not independent: resampled one by one they would
@@ -87,16 +87,18 @@ def with_run_noise(fitted: LawFit, data: Observations, log_y_RxN: np.ndarray) ->
       fitted: of a `product_form`.
       data: what it was fitted to.
       log_y_RxN: draws of ln y, as the noise of the runs moves all points together; rows with nan are left out.
+      shared: several of the points that `fitted` resampled one by one are of the same runs.
 
     Returns:
       The same values. Deviations of the parameters are those of a least-squares plane through the draws', scaled up where the points
-      scatter more about the law than the draws do, never down. Without draws it is returned as it was.
+      scatter more about the law than the draws do, never down. Without draws it is returned as it was, or where runs are `shared` with
+      no interval.
     """
     log_y_RxN = log_y_RxN[np.isfinite(log_y_RxN).all(axis=1)]
     constants = dict(fitted.form.constants)
     design = np.stack([np.ones(len(data.y)), *(np.log(data.x[name] / constants[f"{name}0"]) for name in fitted.form.inputs)], axis=1)
-    if len(log_y_RxN) < 100 or len(data.y) <= design.shape[1]:
-        return fitted
+    if fitted.unidentified or len(log_y_RxN) < 100 or len(data.y) <= design.shape[1]:
+        return _opened(fitted) if shared else fitted
     deviations_RxN = log_y_RxN - log_y_RxN.mean(axis=0)
     moved_RxP = deviations_RxN @ np.linalg.pinv(design).T
     left_RxN = deviations_RxN - moved_RxP @ design.T
@@ -109,6 +111,19 @@ def with_run_noise(fitted: LawFit, data: Observations, log_y_RxN: np.ndarray) ->
         intervals={name: (float(ends[0, i]), float(ends[1, i])) for i, name in enumerate(fitted.form.names)},
         se=dict(zip(fitted.form.names, draws_RxP.std(axis=0, ddof=1).tolist(), strict=True)),
         correlations_PxP=np.atleast_2d(np.corrcoef(draws_RxP.T)),
+        widen=1.0,
+    )
+
+
+def _opened(fitted: LawFit) -> LawFit:
+    names = fitted.form.names
+    why = "has no interval: its points are of the same runs, and the noise of these is not known"
+    return fitted._replace(
+        draws_RxP=np.zeros((0, len(names))),
+        intervals=dict.fromkeys(names, (None, None)),
+        se=dict.fromkeys(names, np.nan),
+        correlations_PxP=np.full((len(names), len(names)), np.nan),
+        unidentified={name: f"{name} {why}" for name in names} | fitted.unidentified,
     )
 
 

@@ -16,6 +16,7 @@ from scaling_jax.laws.form import Form
 from scaling_jax.laws.lr_optimum import Cell, Optima, count_runs, measure, minima
 from scaling_jax.laws.observations import Observations, different, enough
 from scaling_jax.laws.powers import Power, product_form, reference, with_run_noise
+from scaling_jax.laws.settings import confounded
 
 SOURCE = "after Wortsman et al. 2023, arXiv 2309.14322; Filatov et al. 2024, arXiv 2410.05838"
 RANGES = (16.0, 8.0, 4.0, 2.0)  # from the lowest lr to the highest, η* in the middle
@@ -85,10 +86,8 @@ def find(table, resamples: int = 400, seed: int = 0) -> Finding:
     data = _observations(points, "curvature", points)
     fits["curvature"] = with_run_noise(fit(_form("curvature", "d²L/d(ln η)²", data), data), data, log_curvature)
     relative = 0.5 * points["curvature"] * np.log(2) ** 2 / points["loss"]
-    note = "median over cells; least and most"
-    numbers.append(
-        Number("loss of a factor 2 in η, relative", *(float(v) for v in (relative.median(), relative.min(), relative.max())), note=note)
-    )
+    note = f"median over cells, which have {relative.min():.3g} to {relative.max():.3g}"
+    numbers.append(Number("loss of a factor 2 in η, relative", float(relative.median()), note=note))
     for name, fitted in fits.items():
         numbers += _exponents(name, fitted)
         statements += _said(name, fitted)
@@ -97,6 +96,7 @@ def find(table, resamples: int = 400, seed: int = 0) -> Finding:
         f"Sensitivity: the mean over ln η of min(L, L_init) − L* from η*/{np.sqrt(span):.3g} to {np.sqrt(span):.3g}·η*, a factor {span:g}; "
         f"the grids of {covered} of {len(points)} cells cover it."
     )
+    statements += confounded(optima.points)
     return Finding(
         "sensitivity", "Sensitivity to the learning rate", fits, "curvature" if fits["curvature"].identified else None, numbers, statements,
         points.assign(range_of_lr=span), count_runs(table),

@@ -17,13 +17,15 @@ from scaling_jax.laws.finding import Analysis, Finding, Number
 from scaling_jax.laws.lr_optimum import Optima, count_runs, measure, minima
 from scaling_jax.laws.observations import different
 from scaling_jax.laws.sensitivity import sensitivity_points
+from scaling_jax.laws.settings import confounded
 
 SOURCE = "Yang et al. 2022, arXiv 2203.03466; Filatov et al. 2024, arXiv 2410.05838"
 WHAT = "equality across widths"
+_OF_RUNS = "from the noise of the runs"
 
 
 class Slope(NamedTuple):
-    """Of ln y in ln width. `low`, `high`: 95% interval; `p`: of the slope 0, by Student's t over `clusters`; all nan with fewer than 3."""
+    """Of ln y in ln width. `low`, `high`: 95% interval; `p`: of the slope 0; all nan where not known. `clusters`: what it is a mean of."""
 
     slope: float
     low: float
@@ -97,6 +99,7 @@ def find(table) -> Finding:
         under = "" if kind is None else f" under {kind}"
         optima = measure(part)
         frames.append(minima(part, optima).assign(parametrization=kind or ""))
+        statements += confounded(optima.points)
         for what, slope, how in _slopes(part, optima):
             if slope is None:
                 statements.append(f"{what}{under}: not measured at two widths with the same batch size and horizon.")
@@ -104,7 +107,7 @@ def find(table) -> Finding:
             ends = (None if np.isnan(end) else end for end in (slope.low, slope.high))
             note = how if np.isnan(slope.p) else f"{how}; p of no slope {slope.p:.2g}"
             numbers.append(Number(f"slope of ln {what} in ln width{under}", slope.slope, *ends, note=note))
-            statements.append(_said(f"{what}{under}", slope))
+            statements.append(_said(f"{what}{under}", slope, how))
     import pandas
 
     frame = pandas.concat(frames, ignore_index=True)
@@ -121,7 +124,7 @@ def _slopes(table, optima: Optima):
     cells = cells[~cells["censored"]]
     yield "sensitivity/L", width_slope(cells.assign(relative=cells["sensitivity"] / cells["loss"]), "relative"), _how(cells)
     batches = measure_batches(table, optima)
-    yield "B*", batch_slope(batches, batches.points["width"]), "from the noise of the runs"
+    yield "B*", batch_slope(batches, batches.points["width"]), _OF_RUNS
     for column in COLUMNS:
         if column in table and table[column].notna().any():
             try:
@@ -136,10 +139,11 @@ def _how(points) -> str:
     return f"by {points['batch_tokens'].nunique()} batch sizes, their slopes taken for normal"
 
 
-def _said(what: str, slope: Slope) -> str:
+def _said(what: str, slope: Slope, how: str) -> str:
     factor = 2**slope.slope
     if np.isnan(slope.p):
-        return f"{what}: a doubling of the width moves it by a factor {factor:.3f}; {slope.clusters} batch sizes give no interval."
+        why = "the noise of the runs is not known" if how == _OF_RUNS else f"{slope.clusters} batch sizes are too few"
+        return f"{what}: a doubling of the width moves it by a factor {factor:.3f}; no interval, since {why}."
     if slope.p < 0.05:
         by = f"{factor:.3f} ({2**slope.low:.3f} to {2**slope.high:.3f}; p {slope.p:.2g})"
         return f"{what} is not the same at all widths: a doubling moves it by a factor {by}."
