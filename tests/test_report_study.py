@@ -68,7 +68,11 @@ def surface():
 def analyse(table, progress=None):
     progress("lr_optimum")
     (optimum,) = lr_optimum.ANALYSES
-    return {"lr_optimum": optimum.run(table), "lr_surface": surface(), "kaplan_d": "needs runs on subsets of the data"}
+    try:
+        optima = optimum.run(table)
+    except UserError as error:
+        optima = str(error)
+    return {"lr_optimum": optima, "lr_surface": surface(), "kaplan_d": "needs runs on subsets of the data"}
 
 
 def text_of(page):
@@ -185,6 +189,9 @@ def test_what_was_run_and_what_came_out(report, table):
     best = re.search(r"Best learning rate at T = 2\.1M, N = 24\.6k; its batch size B = ([\d,]+)\|+([\d.]+)\|+([\d.]+) to ([\d.]+)", text)
     batch, value, low, high = (float(v.replace(",", "")) for v in best.groups())
     assert low < value < high and abs(np.log(value / WORLD.best_lr(batch, 2.0**21))) < 0.25
+    points = lr_optimum.lr_points(table).query("params == 24576 and tokens == 2**21 and batch_tokens == @batch")
+    error = 1.96 * points["lr_log_se"].item()
+    assert error > 1e-3 and np.allclose([value / low, high / value], np.exp(error), rtol=2e-3)
 
 
 def test_fits_say_what_is_not_identified_open_or_tied(report):
@@ -222,10 +229,10 @@ def test_what_the_data_do_not_support_is_left_out_with_its_reason(tmp_path, worl
 
 
 def test_minima_at_the_edge_are_bounds(tmp_path):
-    far = changed(grid_off=6.0, diverge=100.0, widths=(32,))
+    far = pandas.concat([changed(grid_off=6.0, diverge=100.0, widths=(32,)), changed(widths=(64,))], ignore_index=True)
     page = build.report_table(far, None, "edge", tmp_path / "out", analyse)
     parsed, text = Page(page.read_text()), text_of(page)
-    points = csv(parsed, "lr_curves")
+    points = csv(parsed, "lr_curves_n24576")
     assert not (points["what"] == "minimum").any() and (points["what"] == "bound low").sum() == 9
     assert "Large rings are minima of local parabolas (0); open triangles are lowest losses at the edge of their grid (9)" in text
     assert "a bound: edge of the grid" in text and "at most 0.0" in text

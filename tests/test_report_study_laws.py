@@ -1,6 +1,7 @@
 """Figures of laws, from findings that were made: what is drawn is what they say."""
 
 import io
+import re
 
 import numpy as np
 import pandas
@@ -14,6 +15,7 @@ from scaling_jax.laws.finding import Finding, Number
 from scaling_jax.laws.lr_surface import bend_form, power_form
 from scaling_jax.laws.powers import Power, product_form
 from scaling_jax.report.study import batch, compute, curves, lr, scaling, width
+from scaling_jax.report.study.answers import what_was_run
 from scaling_jax.report.study.plot import Source
 
 ND = {"n_c": 6.4e13, "alpha_n": 0.076, "d_c": 1.8e13, "alpha_d": 0.103}
@@ -234,6 +236,7 @@ def test_the_regret_of_a_batch():
     )
     plot = batch.regret(source(grid_rows(), batch_regret=finding("r", points)))
     assert "0.03 nats at B = 10k and 0.1 nats at B = 100k" in plot.caption
+    assert plot.caption.endswith("if the best batch grows, small batches lose more as T grows, and large ones less.")
     assert np.allclose(lines(drawn(plot).axes[0])["B = 100k"], [[1e8, 0.2], [1e9, 0.1]])
     with pytest.raises(UserError, match="fewer than two horizons"):
         batch.regret(source(grid_rows(), batch_regret=finding("r", points.assign(censored=points["tokens"] > 1e8))))
@@ -314,7 +317,8 @@ def test_transfer_has_a_panel_for_each_parametrization():
     ]
     means = plot.data[plot.data["what"] == "mean loss"]
     assert means["loss"].min() == pytest.approx(3 + 0.1 - 0.128) and (means["runs"] == 2).all()
-    lowest = plot.data[plot.data["what"] == "bound"]  # without the analysis only lowest losses are known
+    assert "Diamonds are lowest losses" in plot.caption
+    lowest = plot.data[plot.data["what"] == "lowest"]  # without the analysis only lowest losses are known
     moves = lowest.groupby("panel")["lr"].agg(lambda of: of.iloc[0] / of.iloc[-1])
     assert moves.iloc[0] == pytest.approx(1.0) and 2 < moves.iloc[1] < 6
     optima = rows.drop_duplicates(["parametrization", "width"]).assign(lr=[1e-2] * 3 + [2e-2, 1e-2, 5e-3], loss=2.9, bound="")
@@ -322,6 +326,10 @@ def test_transfer_has_a_panel_for_each_parametrization():
     joined = [[line.get_xdata().tolist() for line in axes.lines if line.get_linestyle() == "--"] for axes in drawn(plot).axes]
     assert joined == [[[1e-2] * 3], [[2e-2, 1e-2, 5e-3]]]
     assert "At standard, B = 10k, T = 100M the minimum goes from η = 0.02 at width 32 to 0.005 at width 128." in plot.caption
+    assert "Diamonds" not in plot.caption
+    few = optima.assign(bound=np.where(optima["width"] == 32, "too few", ""))
+    marks = width.transfer(source(rows, lr_optimum=finding("lr_optimum", few))).data.query("what != 'mean loss'")
+    assert (marks["what"] == np.where(marks["width"] == 32, "lowest", "minimum")).all() and len(marks) == 6
     with pytest.raises(UserError, match="one width"):
         width.transfer(source(rows[rows["width"] == 32]))
 
@@ -353,10 +361,18 @@ def test_rivals_of_other_forms_are_dashed_and_unfitted_surfaces_say_why():
         lr.lr_against_batch(source(grid_rows(), lr_optimum=finding("o", cells[:1])))
 
 
-def test_only_bounds_are_open_triangles():
-    cells = pandas.DataFrame({"params": 1e6, "batch_tokens": 1e4, "tokens": [1e8, 1e9, 1e10, 1e11], "lr": [0.01, 0.004, 0.002, 0.03]})
-    cells = cells.assign(lr_log_se=0.1, loss=3.0, bound=["", "", "low", "high"], runs=5)
-    plot = lr.lr_against_tokens(source(grid_rows(), lr_optimum=finding("o", cells)))
-    marks = [line for line in drawn(plot).axes[0].lines if line.get_markerfacecolor() == "none"]
-    assert {line.get_marker(): line.get_xydata().tolist() for line in marks} == {"v": [[1e10, 0.002]], "^": [[1e11, 0.03]]}
-    assert "2 minima" in plot.caption and "2 bounds" in plot.caption and "T^−0.40 at B = 10k" in plot.caption
+def test_sizes_that_differ_by_less_than_a_thousandth_are_one():
+    rows = pandas.DataFrame(grid_rows())
+    rows["params"] *= 1 + 3e-4 * (np.arange(20) % 2)
+    assert rows["params"].nunique() == 8
+    plot = scaling.of_compute(source(rows))
+    assert "4 sizes" in plot.caption and "N = 1M" in lines(drawn(plot).axes[0])
+    assert np.allclose(np.sort(plot.data["flops"]), np.sort(6 * rows["params"] * rows["tokens"]), rtol=1e-12)
+    points = {"params": rows["params"], "data_tokens": rows["tokens"], "loss": rows["loss"], "censored": False}
+    law = fitted(kaplan_forms.ND, ND, 0.01, {"params": PARAMS, "data_tokens": TOKENS})
+    plot = scaling.collapse(source(rows, kaplan_nd=finding("kaplan_nd", points, {"kaplan_nd": law}, "kaplan_nd")))
+    assert "20 tuned losses of 4 sizes" in plot.caption
+    assert [name for name in lines(drawn(plot).axes[0]) if name.startswith("N =")] == ["N = 1M", "N = 4.64M", "N = 21.5M", "N = 100M"]
+    assert curves.loss_curves(source(rows)).data["params"].nunique() == 4
+    text = what_was_run(source(rows.assign(params=rows["params"].where(rows.index > 0))))
+    assert re.search(r"N, parameters</th><td>1M, 4\.64M, 21\.5M, 100M</td><td[^>]*>4<", text)

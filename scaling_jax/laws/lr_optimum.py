@@ -318,7 +318,7 @@ def censored_counts(points, what: str = "lr") -> str:
     said = {
         "low": f"at the lowest {what} of their grid (bounds from above)",
         "high": f"at the highest {what}{' that did not diverge' if what == 'lr' else ' of their grid'} (bounds from below)",
-        "too few": f"with fewer than three {what}s",
+        "too few": f"with fewer than three {what}s{' that did not diverge' if what == 'lr' else ''}",
     }
     parts = [f"{counts[key]} {text}" for key, text in said.items() if counts.get(key, 0)]
     return ", ".join(parts) or "none censored"
@@ -333,7 +333,9 @@ def find(table) -> Finding:
     """The measured points η*(B, T); no law."""
     optima = measure(table)
     points = optima.points
-    inside = _inside(points)
+    if (points["censored"] == "too few").all():
+        _inside(points)  # raises, saying why: there is not even a bound
+    inside = points[points["censored"] == ""]
     known_se = inside["lr_log_se"].dropna()
     numbers = [Number("minima inside their grid", float(len(inside))), Number("censored minima", float(len(points) - len(inside)))]
     if len(known_se):

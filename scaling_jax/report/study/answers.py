@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pandas
 
+from scaling_jax.errors import UserError
 from scaling_jax.laws.finding import Finding, Number
 from scaling_jax.report.study.fits import interval
-from scaling_jax.report.study.page import bullets, mark, paragraphs, table
-from scaling_jax.report.study.plot import Source, amount, counted, runs_in, sentence, short
+from scaling_jax.report.study.lr import best_rates
+from scaling_jax.report.study.page import Html, bullets, mark, paragraphs, rich, table
+from scaling_jax.report.study.plot import Source, amount, counted, runs_in, same_sizes, sentence, short
 
 _FIELDS = (
     "params width depth head_dim context vocab_size batch_tokens horizon_tokens tokens lr weight_decay seed parametrization schedule "
@@ -48,7 +50,7 @@ def what_was_run(source: Source) -> str:
     ).abs().max() > 0:
         rows = rows.drop(columns="tokens")
     for name in [*(name for name in _FIELDS if name in rows), *(name for name in rows if "." in str(name))]:
-        values = rows[name].dropna().unique()
+        values = (same_sizes(rows[name]) if name == "params" else rows[name]).dropna().unique()
         if len(values) > 1:
             varied.append((_NAMES.get(name, name), _values(name, values), f"{len(values):,}"))
         elif len(values) == 1:
@@ -97,7 +99,9 @@ def key_answers(source: Source) -> str:
     text = "An interval holds the number with 95% confidence; one that is open, or a number that is not identified, is not to be used."
     said = [sentence(found.comparison.statement) for name in _RIVALRIES if (found := _found(source, name)) is not None and found.comparison]
     head = ("question", "answer", "95% interval", "published", "known?")
-    return table(head, rows, (1, 2, 3)) + paragraphs(text) + ("<h3>Which of rival forms</h3>\n" + bullets(said) if said else "")
+    few = [sentence(text) for text in found.statements if _OF_FEW in text] if (found := _found(source, "chinchilla_3")) else []
+    more = (("What few rows decide", few), ("Which of rival forms", said))
+    return table(head, rows, (1, 2, 3)) + paragraphs(text) + "".join(f"<h3>{title}</h3>\n{bullets(each)}" for title, each in more if each)
 
 
 def _found(source: Source, name: str) -> Finding | None:
@@ -106,28 +110,35 @@ def _found(source: Source, name: str) -> Finding | None:
 
 
 def _best_rates(source: Source) -> list[tuple[Any, ...]]:
-    """Of each size, the best learning rate and batch size at the longest horizon."""
-    found = _found(source, "lr_optimum")
-    if found is None:
+    """Of each size, the best learning rate and batch size at the longest horizon that has three rates."""
+    try:
+        points = best_rates(source)
+    except UserError:
         return []
-    points = found.points[found.points["lr"].notna()]
-    points = points.assign(params=points["params"].fillna(0.0))
+    every = source.finding("lr_optimum").points
+    points, every = (of.assign(params=of["params"].fillna(0.0)) for of in (points, every))
     rows = []
     sizes = sorted(points["params"].unique())
     for params in sizes if len(sizes) <= 4 else [sizes[0], sizes[-1]]:
         of = points[points["params"] == params]
         of = of[of["tokens"] == of["tokens"].max()]
         best = of.loc[of["loss"].idxmin()]
+        left = int(((every["params"] == params) & (every["tokens"] == best["tokens"])).sum()) - len(of)
+        note = f"{counted(left, 'other cell')} there with fewer than three rates that did not diverge" if left else ""
         at = f"T = {amount(best['tokens'])}" + (f", N = {amount(params)}" if params else "")
         where = f"Best learning rate at {at}; its batch size B = {amount(best['batch_tokens'])}"
         if best["bound"]:
-            side = {"low": "at most", "high": "at least"}.get(best["bound"], "near")
-            rows.append((where, f"{side} {short(best['lr'])}", "", "", mark("bad", "a bound: edge of the grid")))
+            side = {"low": "at most", "high": "at least"}[best["bound"]]
+            rows.append((_noted(where, note), f"{side} {short(best['lr'])}", "", "", mark("bad", "a bound: edge of the grid")))
             continue
         error = 1.96 * best["lr_log_se"]
         ends = (None, None) if math.isnan(error) else (best["lr"] * math.exp(-error), best["lr"] * math.exp(error))
-        rows.append((where, short(best["lr"]), interval(*ends), "", mark("good", "measured")))
+        rows.append((_noted(where, note), short(best["lr"]), interval(*ends), "", mark("good", "measured")))
     return rows
+
+
+def _noted(question: str, note: str) -> Html:
+    return Html(f'{rich(question)}<br><span class="note">{rich(note)}</span>' if note else rich(question))
 
 
 def _numbers(source: Source) -> list[tuple[Any, ...]]:
@@ -138,17 +149,14 @@ def _numbers(source: Source) -> list[tuple[Any, ...]]:
         if found is None or (chosen == "fit" and law is not None and law.form.formula in told):
             continue
         told |= {law.form.formula} if law is not None else set()
-        numbers = (
-            _of_fit(found)
-            if chosen == "fit"
-            else [number for number in found.numbers if re.search(chosen, number.name)]
-        )
+        numbers = _of_fit(found) if chosen == "fit" else [number for number in found.numbers if re.search(chosen, number.name)]
         for number in numbers[:6]:
             value = "–" if number.value is None else short(number.value)
             given = "" if number.published is None else short(number.published)
             ends = "" if number.low is None and number.high is None else interval(number.low, number.high)
             unit = f" ({number.unit})" if number.unit else ""
-            rows.append((f"{sentence(found.title).rstrip('.')}: {number.name}{unit}", value, ends, given, _known(number)))
+            question = _noted(f"{sentence(found.title).rstrip('.')}: {number.name}{unit}", number.note)
+            rows.append((question, value, ends, given, _known(number)))
     return rows
 
 
@@ -166,7 +174,7 @@ def _known(number: Number) -> str:
 
 
 def _of_fit(found: Finding) -> list[Number]:
-    """The exponents of the fit that plans use, or of the first."""
+    """The exponents of the best fit, or of the first."""
     if not found.fits:
         return []
     fitted = found.fits[found.best] if found.best in found.fits else next(iter(found.fits.values()))
@@ -181,10 +189,12 @@ def _of_fit(found: Finding) -> list[Number]:
     return numbers
 
 
+_OF_FEW = " highest of "  # in a statement on what the highest losses do to a fit
 _RIVALRIES = ("lr_surface", "critical_growth", "kaplan_n", "kaplan_nd", "chinchilla_3")
 KEYS: tuple[tuple[str, str], ...] = (  # "fit": the exponents of the fit; else a pattern of the numbers' names
     ("lr_surface", "_crit ∝"),
     ("batch_optimum", "∝"),
+    ("critical_growth", "fit"),
     ("critical_growth", "∝"),
     ("sensitivity", "∝"),
     ("width_equality", ""),

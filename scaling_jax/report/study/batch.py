@@ -159,7 +159,10 @@ def bend(predict: Any, name: str, tokens: np.ndarray, params: float) -> np.ndarr
 def best_batch(source: Source) -> Plot:
     """B* against T with its power law."""
     found = source.finding("batch_optimum")
-    points = found.points[found.points["batch_tokens"].notna()].assign(params=lambda of: of["params"].fillna(0.0))
+    points = found.points[found.points["batch_tokens"].notna() & found.points["bound"].isin(["", "low", "high"])]
+    points = points.assign(params=points["params"].fillna(0.0))
+    if not len(points):
+        raise UserError("at no size and horizon do three batch sizes have a best learning rate")
     if points["tokens"].nunique() < 2:
         raise UserError("there is one horizon")
     sizes = spread(points["params"], 8)
@@ -175,7 +178,7 @@ def best_batch(source: Source) -> Plot:
         axes = figure.subplots()
         for i, params in enumerate(sizes):
             own = points[points["params"] == params]
-            inside, bounds = own[own["bound"] == ""], own[own["bound"].isin(["low", "high"])]
+            inside, bounds = own[own["bound"] == ""], own[own["bound"] != ""]
             error = 1.96 * inside["batch_log_se"].fillna(0).clip(upper=2)
             ends = [inside["batch_tokens"] * (1 - np.exp(-error)), inside["batch_tokens"] * (np.exp(error) - 1)]
             x = inside["tokens"] * (1 + 0.04 * (i - len(sizes) / 2))
@@ -265,9 +268,8 @@ def regret(source: Source) -> Plot:
     caption = (
         "Loss of a fixed batch size at its own best learning rate, over that of the best batch, against tokens (bands: 95%), from "
         f"{counted(found.runs, 'run')}. At the longest horizon shown "
-        f"it is {listed([f'{short(last[b])} nats at B = {amount(b)}' for b in dict.fromkeys([last.index[0], last.index[-1]])])}. To be "
-        "seen: small batches lose more as T shrinks the "
-        "noise they need, large ones less, if the best batch grows."
+        f"it is {listed([f'{short(last[b])} nats at B = {amount(b)}' for b in dict.fromkeys([last.index[0], last.index[-1]])])}. "
+        "To be seen: if the best batch grows, small batches lose more as T grows, and large ones less."
     )
     return plot("batch_regret", "What a fixed batch size loses", caption, inside, size(len(sizes)), draw)
 

@@ -96,7 +96,8 @@ def _exponents(source: Source) -> list[tuple[str, Any]]:
     for name in (*_WAYS, "chinchilla_3"):
         finding = source.findings.get(name)
         if isinstance(finding, Finding):
-            found += [(name, n) for n in finding.numbers if n.name == "a" or ("N ∝" in n.name and n.name.endswith("measured"))][:1]
+            measured = [n for n in finding.numbers if n.name == "a" or ("N ∝" in n.name and n.name.endswith("measured"))][:1]
+            found += [(name, n) for n in measured if n.value is not None]
     return found
 
 

@@ -5,7 +5,7 @@ import pandas
 
 from scaling_jax.errors import UserError
 from scaling_jax.report.figures import BLUE, GREY
-from scaling_jax.report.study.plot import Plot, Source, counted, need, plot, power, runs_in, short
+from scaling_jax.report.study.plot import Plot, Source, counted, need, plot, power, runs_in, same_sizes, short
 from scaling_jax.report.study.style import amounts, grid, legend, looks, name_of, panels, plain_log, size
 
 _LINE, _BEST_LINE = 24, 80  # marks of a curve that is one of many, and of one that stands out
@@ -108,6 +108,8 @@ def _horizons(source: Source, group: str, kind: str) -> Plot:
     if group not in rows:
         group, kind = "all", ""
         rows = rows.assign(all=1)
+    if group == "params":
+        rows = rows.assign(params=same_sizes(rows["params"]))
     columns = [group, "tokens"]
     best = rows.groupby(columns)["loss"].agg(["min", "median", "count"]).reset_index()
     data = best.rename(columns={"min": "lowest_loss", "median": "median_loss", "count": "rows"})

@@ -10,6 +10,8 @@ from scaling_jax.report.study.plot import counted, listed, sentence, short
 
 _HEAD = ("parameter", "value", "95% interval", "published", "unit", "meaning")
 _NUMBERS = (1, 2, 3)
+_PLANNED = {"critical_growth": "growth_tokens"}  # the form that plans use, where it is not the best one
+_OF_PLANS = (*_PLANNED, "lr_surface", "batch_optimum", "sensitivity", "chinchilla_3", "kaplan_nd")
 
 
 def all_fits(findings: Mapping[str, Finding | str]) -> str:
@@ -39,7 +41,7 @@ def _finding(found: Finding) -> str:
 
 def _fit(name: str, fitted: Any, found: Finding) -> str:
     form = fitted.form
-    best = " – used by plans" if found.best == name and len(found.fits) > 1 else ""
+    said = _standing(name, found)
     rows = []
     for parameter in form.parameters:
         unknown = fitted.unidentified.get(parameter.name)
@@ -50,12 +52,22 @@ def _fit(name: str, fitted: Any, found: Finding) -> str:
     unknown = [f"{parameter}: {why}" for parameter, why in fitted.unidentified.items()]
     error = "of the logarithm" if form.space == "log" else form.target
     text = (
-        f'<p><strong>{escape(name)}</strong>{best}: <span class="formula">{rich(form.formula)}</span> '
+        f'<p><strong>{escape(name)}</strong>{f" – {said}" if said else ""}: <span class="formula">{rich(form.formula)}</span> '
         f'<span class="source">{rich(form.source)}</span></p>\n'
     )
     rests = f"{counted(fitted.points, 'point')} of {counted(fitted.clusters, 'independent run')}"
     note = f"{rests}; residuals {short(fitted.rms)} ({error}, root mean square). {sentence(fitted.origin)}"
     return f'{text}{table(_HEAD, rows, _NUMBERS)}<p class="note">{rich(note)}</p>\n{bullets([sentence(text) for text in unknown])}'
+
+
+def _standing(name: str, found: Finding) -> str:
+    """What sets the form apart from its rivals: that it predicts best, that plans use it. Of tied forms none is best."""
+    if len(found.fits) < 2:
+        return ""
+    parts = ["predicts best"] if found.comparison is not None and found.comparison.tied == [name] else []
+    if found.name in _OF_PLANS and _PLANNED.get(found.name, found.best) == name:
+        parts.append("used by plans" + (" where chinchilla_3 gives no loss" if found.name == "kaplan_nd" else ""))
+    return ", ".join(parts)
 
 
 def number_row(number: Number) -> Sequence[str]:

@@ -29,6 +29,19 @@ def horizon(rows: pandas.DataFrame) -> str:
     return "horizon_tokens" if "horizon_tokens" in rows and rows["horizon_tokens"].notna().any() else "tokens"
 
 
+def best_rates(source: Source) -> pandas.DataFrame:
+    """The analysis' points that have a best learning rate or a bound on it.
+
+    Raises:
+      UserError: there are none, or no analysis.
+    """
+    points = source.finding("lr_optimum").points
+    known = points[points["bound"].isin(["", "low", "high"]) & points["lr"].notna()]
+    if not len(known):
+        raise UserError("no batch size and horizon has three learning rates that did not diverge")
+    return known
+
+
 def sizes_of(source: Source) -> list[float]:
     return spread(source.rows["params"], _SIZES) if "params" in source.rows else [0.0]
 
@@ -108,21 +121,21 @@ def _top(data: pandas.DataFrame) -> float:
 
 def _minima(source: Source, params: float, rows: pandas.DataFrame) -> pandas.DataFrame:
     """Of each cell: batch_tokens, tokens, lr, loss, and the side of the grid it is a bound on."""
-    found = source.findings.get("lr_optimum")
     empty = pandas.DataFrame({"batch_tokens": [], "tokens": [], "lr": [], "loss": [], "bound": pandas.array([], dtype=object)})
-    if not isinstance(found, Finding):
+    try:
+        points = best_rates(source)
+    except UserError:
         return empty
-    points = found.points
     if params:
         points = points[points["params"] == params]
     for name in points.columns:
         if name in rows and name not in ("params", "batch_tokens", "tokens", "lr", "loss") and rows[name].nunique() == 1:
             points = points[points[name] == rows[name].iloc[0]]
-    return points[points["lr"].notna()].reindex(columns=empty.columns)
+    return points.reindex(columns=empty.columns)
 
 
 def _mark(axes: Any, least: pandas.Series, color: str) -> None:
-    marker = {"": "o", "low": "<", "high": ">"}.get(least["bound"], "d")
+    marker = {"": "o", "low": "<", "high": ">"}[least["bound"]]
     axes.plot(
         least["lr"], least["loss"], marker=marker, markersize=9 if marker == "o" else 7, markerfacecolor="none", markeredgecolor=color,
         markeredgewidth=1.6, zorder=5,
@@ -131,8 +144,7 @@ def _mark(axes: Any, least: pandas.Series, color: str) -> None:
 
 def lr_against_tokens(source: Source) -> Plot:
     """η* against T, a line for each B, a panel for each size."""
-    points, setting = one_setting(source.finding("lr_optimum").points)
-    points = points[points["lr"].notna()]
+    points, setting = one_setting(best_rates(source))
     if points["tokens"].nunique() < 2:
         raise UserError("there is one horizon")
     sizes = spread(points["params"].dropna(), _SIZES) or [0.0]
@@ -161,7 +173,7 @@ def lr_against_tokens(source: Source) -> Plot:
                     label=name_of("B", batch),
                     **look[batch],
                 )
-                bounds = of[of["bound"].isin(["low", "high"])]
+                bounds = of[of["bound"] != ""]
                 arrows(axes, bounds["tokens"], bounds["lr"], bounds["bound"] == "high", look[batch]["color"])
             if len(sizes) > 1:
                 axes.set_title(name_of("N", params), fontsize=12)
@@ -201,8 +213,8 @@ def _ends(slopes: dict[float, float]) -> list[tuple[float, float]]:
 
 def lr_against_batch(source: Source) -> Plot:
     """η* against B, a panel for each T (and N, where a form has a power of it), with every rival form's fit."""
-    points, setting = one_setting(source.finding("lr_optimum").points)
-    points = points[points["lr"].notna()].assign(params=points["params"].fillna(0.0))
+    points, setting = one_setting(best_rates(source))
+    points = points.assign(params=points["params"].fillna(0.0))
     if points["batch_tokens"].nunique() < 2:
         raise UserError("there is one batch size")
     surface = source.findings.get("lr_surface")
@@ -262,7 +274,7 @@ def _panels_of(points: pandas.DataFrame, by: list[str]) -> dict[str, pandas.Data
 
 def _measured(axes: Any, own: pandas.DataFrame, params: float, sizes: list[float], marker: str, color: str) -> None:
     """Minima with their intervals, sizes beside one another; and bounds."""
-    inside, bounds = own[own["bound"] == ""], own[own["bound"].isin(["low", "high"])]
+    inside, bounds = own[own["bound"] == ""], own[own["bound"] != ""]
     error = 1.96 * inside["lr_log_se"].fillna(0).clip(upper=1.5)
     ends = [inside["lr"] * (1 - np.exp(-error)), inside["lr"] * (np.exp(error) - 1)]
     label = name_of("N", params) if params and len(sizes) <= 8 and len(own) else None

@@ -8,6 +8,7 @@ import pandas
 
 from scaling_jax.errors import UserError
 from scaling_jax.laws.finding import Finding
+from scaling_jax.laws.frontier import SAME_SIZE, near_groups
 from scaling_jax.report.figures import save_figure
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -81,6 +82,12 @@ def one_setting(rows: pandas.DataFrame, but: tuple[str, ...] = ()) -> tuple[pand
             rows = rows[rows[name] == common]
             said.append(f"{name} {short(common)}")
     return rows, f" Of what else varies, these runs have {' and '.join(said)}." if said else ""
+
+
+def same_sizes(params: pandas.Series) -> pandas.Series:
+    """N of each row, one value for those so near that the laws of loss take them as one size."""
+    known = params.dropna().astype(float)
+    return known.groupby(near_groups(known, SAME_SIZE)).transform("median").reindex(params.index)
 
 
 def runs_in(rows: pandas.DataFrame) -> int:

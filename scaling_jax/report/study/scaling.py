@@ -8,7 +8,7 @@ import pandas
 from scaling_jax.errors import UserError
 from scaling_jax.laws.finding import Finding
 from scaling_jax.report.study.lr import RIVALS, spread
-from scaling_jax.report.study.plot import Plot, Source, counted, need, plot, runs_in, sentence, short
+from scaling_jax.report.study.plot import Plot, Source, counted, need, plot, runs_in, same_sizes, sentence, short
 from scaling_jax.report.study.style import amounts, flops, grid, legend, looks, name_of, plain_log, shades
 
 _SIZES = 12  # sizes that have a colour of their own
@@ -113,7 +113,8 @@ def _limits(values: pandas.Series) -> tuple[float, float]:
 def of_compute(source: Source) -> Plot:
     """Tuned losses of every size against C = 6·N·T, the lower envelope, and its law."""
     need(source.rows, "params", "tokens", "loss")
-    rows = source.rows.assign(flops=6 * source.rows["params"].astype(float) * source.rows["tokens"].astype(float))
+    flops_of = 6 * source.rows["params"].astype(float) * source.rows["tokens"].astype(float)
+    rows = source.rows.assign(params=same_sizes(source.rows["params"]), flops=flops_of)
     if rows["flops"].nunique() < 3:
         raise UserError("the table has fewer than three amounts of compute")
     lowest = rows.groupby(["params", "flops"])["loss"].min().reset_index()
@@ -173,6 +174,7 @@ def collapse(source: Source) -> Plot:
     points = points.assign(
         ratio=points["loss"] / unlimited, shortage=v["d_c"] / points["data_tokens"] * np.exp(power * np.log(points["params"] / v["n_c"]))
     )
+    points = points.assign(params=same_sizes(points["params"]))
     sizes = spread(points["params"], _SIZES)
     colors = dict(zip(sorted(points["params"].unique()), shades(points["params"].nunique()), strict=True))
     x = np.geomspace(points["shortage"].min() / 1.3, points["shortage"].max() * 1.3, 50)

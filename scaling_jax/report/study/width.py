@@ -6,9 +6,8 @@ import numpy as np
 import pandas
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.finding import Finding
 from scaling_jax.report.figures import GREY
-from scaling_jax.report.study.lr import horizon, spread
+from scaling_jax.report.study.lr import best_rates, horizon, spread
 from scaling_jax.report.study.plot import Plot, Source, amount, counted, listed, need, one_setting, plot, power, runs_in, short
 from scaling_jax.report.study.style import amounts, grid, legend, looks, name_of, panels, plain_log, size
 
@@ -118,7 +117,7 @@ def transfer(source: Source) -> Plot:
                 axes.plot(
                     bound["lr"],
                     bound["loss"],
-                    {"low": "<", "high": ">"}.get(bound["bound"], "d"),
+                    {"low": "<", "high": ">", "lowest": "d"}[bound["bound"]],
                     markerfacecolor="none",
                     markeredgecolor="#000000",
                     markersize=8,
@@ -139,11 +138,13 @@ def transfer(source: Source) -> Plot:
     caption = (
         f"Held-out loss (nats per token) against the learning rate for {counted(data['width'].nunique(), 'width')}, mean over seeds: "
         f"{counted(runs_in(pandas.concat([own for _, own in cells])), 'run')}. "
-        f"Rings are minima, joined from width to width; open triangles are bounds at the edge of a grid.{setting} "
+        "Rings are minima, joined from width to width; open triangles are bounds at the edge of a grid."
+        f"{' Diamonds are lowest losses, of which no more is known.' if (minima['bound'] == 'lowest').any() else ''}{setting} "
         f"{' '.join(filter(None, shifts))} "
         "To be seen: whether the minima stand above one another (the best rate transfers) or move with width."
     )
-    table = pandas.concat([data.assign(what="mean loss"), minima.assign(what=np.where(minima["bound"] == "", "minimum", "bound"))])
+    what = minima["bound"].map({"": "minimum", "lowest": "lowest"}).fillna("bound")
+    table = pandas.concat([data.assign(what="mean loss"), minima.assign(what=what)])
     return plot("width_transfer", "Transfer of the learning rate across widths", caption, table, size(len(cells), one=(6.4, 5.0)), draw)
 
 
@@ -168,24 +169,21 @@ def _cells(rows: pandas.DataFrame, at: str, ways: list[str]) -> list[tuple[str, 
 
 def _least(source: Source, own: pandas.DataFrame, at: str) -> pandas.DataFrame:
     """Minima of the cell's widths by the analysis; without one, the lowest losses, as bounds."""
-    found = source.findings.get("lr_optimum")
     columns = ["width", "lr", "loss", "bound"]
-    if isinstance(found, Finding):
-        points = found.points
-        points = points[
-            (points["tokens"] == own[at].iloc[0]) & (points["batch_tokens"] == own["batch_tokens"].iloc[0]) & points["lr"].notna()
-        ]
-        for name in points.columns:
-            if (
-                name in own
-                and name not in ("params", "width", "lr", "loss", "tokens", "batch_tokens", "depth", "head_dim")
-                and own[name].nunique() == 1
-            ):
-                points = points[points[name] == own[name].iloc[0]]
-        if len(points):
-            return points[columns]
-    lowest = own.loc[own.groupby("width")["loss"].idxmin()]
-    return lowest.assign(bound="lowest")[columns]
+    lowest = own.loc[own.groupby("width")["loss"].idxmin()].assign(bound="lowest")[columns]
+    try:
+        points = best_rates(source)
+    except UserError:
+        return lowest
+    points = points[(points["tokens"] == own[at].iloc[0]) & (points["batch_tokens"] == own["batch_tokens"].iloc[0])]
+    for name in points.columns:
+        if (
+            name in own
+            and name not in ("params", "width", "lr", "loss", "tokens", "batch_tokens", "depth", "head_dim")
+            and own[name].nunique() == 1
+        ):
+            points = points[points[name] == own[name].iloc[0]]
+    return pandas.concat([points[columns], lowest[~lowest["width"].isin(points["width"])]])
 
 
 def _shift(label: str, minima: pandas.DataFrame) -> str:
