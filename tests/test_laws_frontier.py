@@ -157,4 +157,4 @@ def test_without_shared_budgets_courses_are_interpolated():
     assert len(inside) >= 4
     np.testing.assert_allclose(inside["params"], np.sqrt(inside["flops"] / 6), rtol=0.05)
     assert isoflop.line(points)[0] == pytest.approx(0.5, abs=0.01)
-    assert isoflop.line(isoflop.enveloped(rows))[0] == pytest.approx(0.5, abs=0.05)  # steps of a size
+    assert isoflop.takeover_line(isoflop.takeovers(rows))[0][0] == pytest.approx(0.5, abs=0.01)

@@ -7,8 +7,19 @@ from kaplan_tables import PARAMETRIC, SUBSETS, TRAINING, parametric, steps, subs
 from planted_laws_A import PLANTED
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws import kaplan, kaplan_allocation, kaplan_forms, kaplan_overfitting, kaplan_shape, kaplan_steps, kaplan_theory
+from scaling_jax.laws import (
+    chinchilla,
+    kaplan,
+    kaplan_allocation,
+    kaplan_forms,
+    kaplan_overfitting,
+    kaplan_shape,
+    kaplan_steps,
+    kaplan_theory,
+)
+from scaling_jax.laws.fit import fit
 from scaling_jax.laws.form import Form
+from scaling_jax.laws.rivals import derived, with_error_of_input
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -90,7 +101,7 @@ def test_law_of_compute_keeps_to_the_enclosed_part_of_the_envelope():
     assert used["params"].min() > 1e5 and used["params"].max() < 1e8
     said(finding, "of the envelope are left out")
     holds(finding.fits["kaplan_c_floor"], {"floor": PARAMETRIC["E"]})  # the planted loss has a floor, which the plain power lacks
-    assert finding.best == "kaplan_c_floor"
+    assert finding.comparison.best == "kaplan_c_floor"
 
 
 # --------------------------------------------------------------------------------------------------------------- two variables, overfitting
@@ -112,7 +123,7 @@ def test_without_subsets_data_are_what_was_seen():
 
 
 def test_overfitting_measures_the_data_rule_and_the_stopping_bound(subsetted):
-    endless = steps(np.random.default_rng(6), sizes=(1e4, 5e4, 2.5e5), batches=(1024,), lrs=(1.0,))
+    endless = steps(np.random.default_rng(6), sizes=(1e4, 5e4, 2.5e5, 5e5, 1e6, 2e6), batches=(1024,), lrs=(1.0,))
     finding = kaplan_overfitting.overfitting(pandas.concat([subsetted, endless], ignore_index=True))
     truth = SUBSETS["alpha_n"] / SUBSETS["alpha_d"]
     for name in ("γ by L(N, D)", "γ measured"):
@@ -122,6 +133,37 @@ def test_overfitting_measures_the_data_rule_and_the_stopping_bound(subsetted):
     said(finding, "bound of early stopping allows")
     rise = finding.points["loss"] / (SUBSETS["n_c"] / finding.points["params"]) ** SUBSETS["alpha_n"] - 1
     np.testing.assert_allclose(finding.points["excess"], rise, rtol=0.03, atol=0.01)
+    few = pandas.concat([subsetted, only(endless, params=(1e4, 5e4, 2.5e5))], ignore_index=True)
+    said(kaplan_overfitting.overfitting(few), "bound of early stopping cannot be checked: of L(N, S_min), s_c has no interval")
+
+
+def test_of_runs_with_one_horizon_it_is_said_that_nothing_tells_whether_they_were_at_their_lowest(subsetted):
+    once = subsetted[subsetted["tokens"] == subsetted["data_tokens"]]
+    for analysis, points in ((kaplan.of_data, 9), (kaplan_overfitting.overfitting, 36)):
+        said(analysis(once), f"of {points} of {points} points it cannot be told whether the loss was at its lowest")
+    assert not any("cannot be told whether" in sentence for sentence in kaplan.of_data(subsetted).statements)
+
+
+def test_numbers_that_rest_on_unidentified_parameters_have_no_value(stepwise):
+    """The loss here is of the size alone: of more training, or of more data, it says nothing."""
+    flat = only(stepwise, batch_tokens=(2048,), lr=(1.0,)).assign(loss=lambda rows: (1e9 / rows["params"]) ** 0.1)
+    flat["loss"] *= np.exp(0.003 * np.random.default_rng(20).normal(size=len(flat)))
+    for analysis, law, parameter in ((kaplan_steps.of_steps, "kaplan_ns", "alpha_s"), (kaplan.of_size_and_data, "kaplan_nd", "alpha_d")):
+        finding = analysis(flat)
+        assert parameter in finding.fits[law].unidentified and finding.numbers
+        for one in finding.numbers:
+            assert one[1:4] == (None, None, None)
+            assert parameter in one.note and "not identified" in one.note
+    finding = kaplan_overfitting.overfitting(flat.assign(data_tokens=flat["tokens"]))
+    assert number(finding, "γ by L(N, D)").value is None and number(finding, "data for").value is None
+    said(finding, "γ = α_N/α_D of D ∝ N^γ is not identified")
+
+
+def test_a_number_that_is_not_finite_has_no_value():
+    assert derived("x", np.nan, np.zeros(9), [], ()).value is None
+    assert derived("x", 1.0, np.array([np.nan] * 2 + [1.0] * 8), [], ()).note == "by 20% of the resamples it is not finite"
+    assert derived("x", 1.0, np.array([np.nan] + [1.0] * 19), [], (), unit="nats")[1:5] == (1.0, 1.0, 1.0, "nats")
+    assert derived("x", 1.0, np.zeros(0), [], (), note="far")[1:] == (1.0, None, None, "", None, "", "far")
 
 
 # ------------------------------------------------------------------------------------------------------------ batch size, steps, allocation
@@ -156,9 +198,38 @@ def test_law_of_steps(stepwise):
     assert law.values["alpha_s"] == pytest.approx(TRAINING.alpha_s, rel=0.03)
     assert law.values["s_c"] == pytest.approx(TRAINING.s_c, rel=0.05)
     said(finding, "B_crit(L) by steps to a loss")
-    assert (finding.points["tokens"] > 2**12).all()  # after warmup
+    late = kaplan_steps.of_steps(stepwise.assign(warmup_tokens=2**20))
+    assert late.points["tokens"].min() > 2**20 > finding.points["tokens"].min()  # after warmup
     assert number(finding, "efficient training stops").value == pytest.approx(TRAINING.alpha_n / TRAINING.alpha_s, rel=0.05)
     assert number(finding, "compute for 2.2").value == pytest.approx(kaplan_theory.other_size(2.2, TRAINING)[1], rel=0.03)
+
+
+def test_the_error_of_the_critical_batch_is_in_the_intervals(stepwise, monkeypatch):
+    ends = {}
+    analyses = ((kaplan_steps.of_steps, "kaplan_ns", "s_c"), (kaplan_steps.of_least_compute, "kaplan_cmin", "c_c_min"))
+    for analysis, law, name in analyses:
+        ends[law] = np.diff(np.log(analysis(stepwise).fits[law].intervals[name]))
+    known = kaplan_steps.known_critical
+    monkeypatch.setattr(kaplan_steps, "known_critical", lambda rows: known(rows)._replace(law=None))
+    for analysis, law, name in analyses:
+        alone = np.diff(np.log(analysis(stepwise).fits[law].intervals[name]))
+        assert ends[law] > (1.1 if law == "kaplan_ns" else 1.0) * alone  # a small part of what few runs of an envelope leave open
+
+
+def test_an_error_of_an_input_moves_what_follows_from_it():
+    """Sizes that are all off by 30% put N_c off by 30%, and leave the exponent."""
+    data = PLANTED["kaplan_n"][2](np.random.default_rng(21))
+    law = fit(kaplan_forms.N, data)
+    off = data._replace(x={"params": 1.3 * data.x["params"]})
+    moved = with_error_of_input(law, [off], lambda count: np.random.default_rng(22).normal(size=(count, 1)))
+    assert moved.values == law.values
+    assert moved.intervals["alpha_n"] == pytest.approx(law.intervals["alpha_n"], rel=0.01)
+    assert moved.se["n_c"] == pytest.approx(np.hypot(law.se["n_c"], np.log(1.3)), rel=0.15)
+    alone = law._replace(widen=1.0, draws_RxP=np.tile(list(law.values.values()), (2000, 1)))
+    moved = with_error_of_input(alone, [off], lambda count: np.random.default_rng(23).normal(size=(count, 1)))
+    np.testing.assert_allclose(np.log(np.array(moved.intervals["n_c"]) / law.values["n_c"]), 1.96 * np.log([1 / 1.3, 1.3]), rtol=0.1)
+    far = with_error_of_input(alone, [off], lambda count: np.full((count, 1), 1e3))
+    assert far.intervals["n_c"][1] is None and "its interval is open" in far.unidentified["n_c"]
 
 
 def test_law_of_steps_without_a_critical_batch_is_of_plain_steps(stepwise):
@@ -221,6 +292,16 @@ def test_shape():
     assert finding.points["excess_percent"].min() == 0 and len(finding.points) == 6
 
 
+def test_horizons_of_a_shape_are_not_independent():
+    """Where a run's noise is the same at all its horizons, more of them say no more."""
+    once = shapes(np.random.default_rng(19), seeds=1)
+    once["loss"] *= np.exp(0.01 * np.random.default_rng(3).normal(size=len(once)))
+    often = pandas.concat([once.assign(tokens=2**k, loss=once["loss"] * 2.0 ** (0.1 * (21 - k))) for k in range(16, 23)], ignore_index=True)
+    one, seven = (kaplan_shape.of_shape(table).fits["kaplan_shape"] for table in (once, often))
+    assert (one.points, seven.points, seven.clusters) == (6, 42, 6)
+    assert np.ptp(seven.intervals["curvature"]) == pytest.approx(np.ptp(one.intervals["curvature"]), rel=0.1)
+
+
 def test_shape_of_one_shape_is_refused():
     with pytest.raises(UserError, match="needs 3 shapes or more"):
         kaplan_shape.of_shape(shapes(np.random.default_rng(8)).query("width == 128"))
@@ -269,6 +350,19 @@ def test_transfer_needs_another_domain(stepwise):
 def test_too_little_is_said_in_one_sentence(stepwise, analysis, values, message):
     with pytest.raises(UserError, match=message):
         analysis(only(stepwise, **values) if values else stepwise)
+
+
+@pytest.mark.parametrize(
+    "analysis",
+    [
+        kaplan.of_size, kaplan.of_compute, kaplan.of_size_and_data, kaplan_steps.of_steps, kaplan_steps.of_least_compute,
+        kaplan_allocation.allocation, chinchilla.by_envelope, chinchilla.by_parabolas, chinchilla.by_loss,
+    ],
+)  # fmt: skip
+def test_sizes_that_are_all_one_are_refused(stepwise, analysis):
+    alike = stepwise.assign(params=97_180 + 400 * np.log(stepwise["params"] / 1e4))  # of a study of shapes
+    with pytest.raises(UserError, match=r"needs sizes that differ by a factor of 2 or more; params are 9.718e\+04 to 9.94"):
+        analysis(alike)
 
 
 def test_every_form_has_a_planted_study():

@@ -113,6 +113,8 @@ def test_overfitting_and_the_data_rule():
     needed = theory.tokens_for(params, 0.02, **k)
     np.testing.assert_allclose(loss(needed) / loss(np.inf) - 1, 0.02, rtol=1e-9)
     assert np.log(needed[1] / needed[0]) / np.log(1e3) == pytest.approx(0.738, abs=5e-4)
+    assert theory.DATA_RULE == (5e3, 0.74, 0.02)  # as printed: the exponent is that of Table 2's constants, the factor is not quite
+    assert theory.DATA_RULE[1] == pytest.approx(k["alpha_n"] / k["alpha_d"], abs=0.005)
     first_order = theory.tokens_for(1.0, 1e-7, **k) * 1e-7 / 0.02  # δL is linear in 1/D where it is small
     assert first_order == pytest.approx(6.0e3, rel=0.01)
     assert 8**0.74 == pytest.approx(4.66, abs=0.005)

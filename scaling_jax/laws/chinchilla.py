@@ -1,5 +1,8 @@
 """Hoffmann et al. 2022 (arXiv 2203.15556) from a results table: three ways to the size and the data that are best for a compute budget."""
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import pandas
 
@@ -8,10 +11,10 @@ from scaling_jax.laws import isoflop
 from scaling_jax.laws.chinchilla_form import CHINCHILLA, GOPHER_FLOPS, QUICK, SOURCE, UNROUNDED, Allocation, allocation
 from scaling_jax.laws.finding import Analysis, Finding, Number
 from scaling_jax.laws.fit import LawFit, fit
-from scaling_jax.laws.frontier import on_all_data, prepared, tuned, tuning_said
+from scaling_jax.laws.frontier import different_sizes, on_all_data, prepared, tuned, tuning_said
 from scaling_jax.laws.kaplan_forms import ND
 from scaling_jax.laws.observations import Observations, different
-from scaling_jax.laws.rivals import against, beside_published, fitted_rivals, from_draws
+from scaling_jax.laws.rivals import against, beside_published, derived, fitted_rivals, from_draws
 
 _PUBLISHED_A = {"chinchilla_1": 0.50, "chinchilla_2": 0.49, "chinchilla_3": 0.46}
 _NEAR_GOPHER = 1e4  # Gopher's budget is of interest to measurements that end at most this factor below it
@@ -19,14 +22,21 @@ _DROPPED = 5  # highest losses whose weight in the fit is told; Besiroglu et al.
 
 
 def by_envelope(table: pandas.DataFrame, resamples: int = 400) -> Finding:
-    """Approach 1: the size with the lowest loss at each of 1,500 log-spaced budgets, over courses interpolated between horizons."""
-    rows = rows_of(table, "the envelope of training courses")
+    """Approach 1: the size with the lowest loss at each of 1,500 log-spaced budgets, over courses interpolated between horizons.
+
+    The line goes through the budgets at which one size takes over from the next; all budgets would be steps, cut at both ends.
+    """
+    what = "the envelope of training courses"
+    rows = rows_of(table, what)
     points = isoflop.enveloped(rows)
-    _enough(points, rows, "the envelope of training courses")
-    draws = isoflop.envelope_resampled(rows, resamples=resamples)
-    finding = _measured("chinchilla_1", "allocation by the envelope", rows, points, draws)
+    _enough(points, rows, what)
+    takeovers = isoflop.takeovers(rows)
+    if len(takeovers) < 3:
+        raise UserError(f"{what}: {len(takeovers)} times a larger size takes over from a smaller one, 3 are needed: more sizes or horizons")
+    finding = _measured("chinchilla_1", "allocation by the envelope", rows, points, *isoflop.takeover_line(takeovers, resamples))
     every = points[:: max(1, len(points) // 150)].reset_index(drop=True)
-    return finding._replace(points=every)
+    how = f"the line is through the {len(takeovers)} budgets at which one size takes over from the next, and its interval by their scatter"
+    return finding._replace(points=every, statements=[how, *finding.statements])
 
 
 def by_parabolas(table: pandas.DataFrame, resamples: int = 400) -> Finding:
@@ -35,14 +45,20 @@ def by_parabolas(table: pandas.DataFrame, resamples: int = 400) -> Finding:
     points = isoflop.minima(rows)
     _enough(points, rows, "parabolas at equal compute")
     draws = isoflop.bootstrapped(rows, resamples=resamples)
-    finding = _measured("chinchilla_2", "allocation at equal compute", rows, points, draws)
+    finding = _measured("chinchilla_2", "allocation at equal compute", rows, points, isoflop.line(points), draws)
     if isoflop.bins(rows) is None:
         how = (
             f"no {isoflop.LEAST_BINS} budgets are shared by {isoflop.LEAST_SIZES} sizes: courses are interpolated at {len(points)} budgets"
         )
     else:
         how = f"budgets are bins of 6·N·D: neighbours within {isoflop.BIN:.0%}, all of a bin within {isoflop.SPREAD:.0%}"
-    return finding._replace(statements=[how, *finding.statements])
+    said = [how, *finding.statements]
+    if points["censored"].any():
+        said.append(
+            "minima that noise moves past the edge are left out, and near it those that stay are drawn inwards: with noisy losses a is "
+            "somewhat too low, which its interval does not have"
+        )
+    return finding._replace(statements=said)
 
 
 def by_loss(table: pandas.DataFrame, drop_highest: int = 0, resamples: int = 400) -> Finding:
@@ -55,7 +71,6 @@ def by_loss(table: pandas.DataFrame, drop_highest: int = 0, resamples: int = 400
     """
     what = "L = E + A/N^α + B/D^β"
     rows = rows_of(table, what)
-    different(rows["params"], "params", 3, what)
     different(rows["tokens"], "tokens", 3, what)
     if not 0 <= drop_highest < len(rows):
         raise UserError(f"drop_highest is {drop_highest}; it must be 0 or more, and below the {len(rows)} rows")
@@ -68,12 +83,11 @@ def by_loss(table: pandas.DataFrame, drop_highest: int = 0, resamples: int = 400
     optimum = allocation(**law.values)
     drawn = allocation(*(law.draws_RxP[:, law.form.names.index(name)] for name in ("A", "B", "E", "alpha", "beta")))
     there = allocation(**UNROUNDED)
-    numbers = [
-        from_draws(name, getattr(optimum, name), getattr(drawn, name), published=float(getattr(there, name)), source=SOURCE)
-        for name in "ab"
-    ]
-    numbers.append(from_draws("G", optimum.scale, drawn.scale, published=float(there.scale), source=SOURCE))
-    numbers += _numbers_at(optimum, drawn, rows["flops"].max(), there)
+    of_exponents = functools.partial(derived, laws=[law], uses=("alpha", "beta"), source=SOURCE)
+    of_scales = functools.partial(derived, laws=[law], uses=("A", "B", "alpha", "beta"))
+    numbers = [of_exponents(name, getattr(optimum, name), getattr(drawn, name), published=float(getattr(there, name))) for name in "ab"]
+    numbers.append(of_scales("G", optimum.scale, drawn.scale, published=float(there.scale), source=SOURCE))
+    numbers += _numbers_at(optimum, drawn, rows["flops"].max(), there, of_scales)
     points = rows[["params", "tokens", "flops", "loss"]].assign(censored=~rows.index.isin(kept.index))
     return Finding("chinchilla_3", what, fits, best, numbers, said, points, int(rows["run"].nunique()), comparison)
 
@@ -95,7 +109,7 @@ def observed(rows: pandas.DataFrame, origin: str) -> Observations:
 def rows_of(table: pandas.DataFrame, what: str) -> pandas.DataFrame:
     """Tuned rows on all data of three sizes or more, for `what`."""
     rows = tuned(on_all_data(prepared(table, ())), ("size", "horizon"))
-    different(rows["size"], "params", 3, what)
+    different_sizes(rows["size"], 3, what)
     return rows
 
 
@@ -108,9 +122,8 @@ def _enough(points: pandas.DataFrame, rows: pandas.DataFrame, what: str) -> None
         )
 
 
-def _measured(name: str, title: str, rows: pandas.DataFrame, points: pandas.DataFrame, draws: np.ndarray) -> Finding:
-    exponent, log_scale = isoflop.line(points)
-    optimum, drawn = _power(exponent, log_scale), _power(draws[:, 0], draws[:, 1])
+def _measured(name: str, title: str, rows: pandas.DataFrame, points: pandas.DataFrame, fitted: np.ndarray, draws: np.ndarray) -> Finding:
+    optimum, drawn = _power(*fitted), _power(draws[:, 0], draws[:, 1])
     published = _PUBLISHED_A[name]
     a = from_draws("a", optimum.a, drawn.a, published=published, source=SOURCE)
     numbers = [a, from_draws("b", optimum.b, drawn.b, published=1 - published, source=SOURCE)]
@@ -118,11 +131,9 @@ def _measured(name: str, title: str, rows: pandas.DataFrame, points: pandas.Data
     left = int(points["censored"].sum())
     said = [against("a of N_opt ∝ C^a", *a[1:4], published, SOURCE)]
     if a.low is None:
-        said.append("a has no interval: of too many resamples the envelope has nothing enclosed; more sizes or more runs are needed")
+        said.append("a has no interval: more budgets with an enclosed best size, and so more sizes or more runs, are needed")
     if left:
-        said.append(
-            f"{left} of {len(points)} budgets are left out: the best size there is the smallest or largest measured, so only a bound"
-        )
+        said.append(f"{left} of {len(points)} budgets have only a bound: the best size there is the smallest or largest measured")
     said.append(f"data follow from C = 6·N·D, so that b = 1 − a by definition; {tuning_said(rows)}")
     return Finding(name, title, {}, None, numbers, said, points, int(rows["run"].nunique()))
 
@@ -137,8 +148,10 @@ def _budgets(largest: float) -> list[float]:
     return [largest, 10 * largest, *([GOPHER_FLOPS] if largest * _NEAR_GOPHER > GOPHER_FLOPS else [])]
 
 
-def _numbers_at(optimum: Allocation, drawn: Allocation, largest: float, published: Allocation | None) -> list[Number]:
-    """N_opt, D_opt and D/N at `_budgets`."""
+def _numbers_at(
+    optimum: Allocation, drawn: Allocation, largest: float, published: Allocation | None, number: Callable[..., Number] = from_draws
+) -> list[Number]:
+    """N_opt, D_opt and D/N at `_budgets`, each made by `number`."""
     numbers = []
     source = "" if published is None else f"{SOURCE}, unrounded constants"
     for flops in _budgets(largest):
@@ -147,7 +160,7 @@ def _numbers_at(optimum: Allocation, drawn: Allocation, largest: float, publishe
         for (name, unit), draws in zip(_UNITS.items(), _at(drawn, flops).values(), strict=True):
             known = None if theirs is None else float(theirs[name])
             at = f"{name} at {flops:.3g} FLOP"
-            numbers.append(from_draws(at, mine[name], draws, unit=unit, published=known, source=source, note=note))
+            numbers.append(number(at, mine[name], draws, unit=unit, published=known, source=source, note=note))
     return numbers
 
 
@@ -167,12 +180,14 @@ def _outliers(rows: pandas.DataFrame, law: LawFit) -> list[str]:
     inside = rows.index.isin(kept.index)
     without = fit(QUICK, observed(kept, ""), resamples=0)
     budget = _budgets(float(rows["flops"].max()))[-1]
+    moved = ", ".join(f"{name} from {law.values[name]:.4g} to {without.values[name]:.4g}" for name in ("E", "A", "B", "alpha", "beta"))
     per_size = [_at(allocation(**values), budget)["D/N"] for values in (law.values, without.values)]
     share = float(np.abs(law.residuals[~inside]).mean() / np.abs(law.residuals[inside]).mean())
-    moved = ", ".join(f"{name} from {law.values[name]:.4g} to {without.values[name]:.4g}" for name in ("E", "A", "B", "alpha", "beta"))
+    if law.identified and without.identified and np.isfinite(per_size).all():
+        moved += f"; D/N at {budget:.3g} FLOP from {per_size[0]:.3g} to {per_size[1]:.3g}"
     return [
         f"without the {_DROPPED} highest of {len(rows)} losses, whose residuals are {share:.2g} times those of the others, the fit "
-        f"moves: {moved}; D/N at {budget:.3g} FLOP from {per_size[0]:.3g} to {per_size[1]:.3g}"
+        f"moves: {moved}"
     ]
 
 

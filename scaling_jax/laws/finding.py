@@ -20,7 +20,7 @@ class Number(NamedTuple):
 class Finding(NamedTuple):
     """What one analysis found.
 
-    `fits` are by the name of their form, rivals side by side; `best` is the one to use, None where there is none; `comparison` says how they
+    `fits` are by the name of their form, rivals side by side; `best` is the one to use, None if there is none; `comparison` says how they
     were told apart. `points` is the table that was fitted or measured, with units in its columns' names and, where a point is a bound only,
     `censored`. `runs` is the number of runs that it rests on.
     """

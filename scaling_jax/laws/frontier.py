@@ -12,8 +12,9 @@ import numpy as np
 import pandas
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.observations import checked
+from scaling_jax.laws.observations import checked, different
 
+LEAST_REACH = 2.0  # factor that sizes span at least, where a law is about them: those of a study of shapes are one
 SAME_SIZE = 1e-3  # relative difference of `params` within which sizes are one: others' are often read off figures
 _SETTINGS = (
     "params", "width", "depth", "head_dim", "context", "batch_tokens", "lr", "weight_decay", "parametrization", "schedule", "warmup_tokens",
@@ -51,6 +52,15 @@ def prepared(table: pandas.DataFrame, need: Sequence[str]) -> pandas.DataFrame:
     rows["run"] = rows["point"].astype(str) if "point" in rows and rows["point"].notna().all() else np.arange(len(rows)).astype(str)
     rows["flops"] = 6 * rows["params"] * rows["tokens"]
     return rows
+
+
+def different_sizes(sizes: pandas.Series, least: int, what: str) -> None:
+    """UserError where there are fewer than so many sizes, or they differ by less than a factor of 2."""
+    different(sizes, "params", least, what)
+    if sizes.max() < LEAST_REACH * sizes.min():
+        raise UserError(
+            f"{what} needs sizes that differ by a factor of {LEAST_REACH:g} or more; params are {sizes.min():.4g} to {sizes.max():.4g}"
+        )
 
 
 def on_all_data(rows: pandas.DataFrame) -> pandas.DataFrame:

@@ -125,11 +125,46 @@ def enveloped(rows: pandas.DataFrame, budget: str = "flops", count: int = ENVELO
     return table.assign(tokens=table["flops"] / (6 * table["params"])).reset_index(drop=True)
 
 
-def envelope_resampled(rows: pandas.DataFrame, budget: str = "flops", resamples: int = 400, seed: int = 0) -> np.ndarray:
-    """`line` of `enveloped` for runs drawn with replacement, [R, 2]; nan where a draw leaves nothing enclosed."""
-    runs, run = np.unique(rows["run"], return_inverse=True)
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        there = np.isin(run, rng.integers(len(runs), size=len(runs)))
-        found.append(line(enveloped(rows[there], budget)))
-    return np.array(found)
+def takeovers(rows: pandas.DataFrame, budget: str = "flops", count: int = ENVELOPE_BUDGETS) -> pandas.DataFrame:
+    """Where along the lower envelope a larger size takes over from a smaller one: columns flops, and params, the geometric mean of the two,
+    which is the best size where both have the same loss.
+
+    A size is the best for a range of budgets, which may be cut by what was measured; where two courses cross is not.
+    Changes where one of the two courses begins or ends are left out. Where noise makes courses cross to and fro, a takeover is at the mean.
+    """
+    budgets = np.geomspace(rows[budget].min(), rows[budget].max(), count)
+    loss_SxK, sizes = interpolated(rows, budgets, budget)
+    passed_K = np.isfinite(loss_SxK).any(axis=0)
+    loss_SxK, log_c = loss_SxK[:, passed_K], np.log(budgets[passed_K])
+    there_SxK = np.isfinite(loss_SxK)
+    best_K = np.where(there_SxK, loss_SxK, np.inf).argmin(axis=0)
+    ever, found = np.unique(best_K), []
+    for below, above in zip(ever[:-1], ever[1:], strict=True):
+        change = np.diff((best_K >= above).astype(int))
+        at = np.flatnonzero(change)
+        both = there_SxK[best_K[at], at + 1] & there_SxK[best_K[at + 1], at]
+        if change.sum() == 1 and both.all():
+            log_at = np.sum(change[at] * (log_c[at] + log_c[at + 1]) / 2)
+            found.append((np.exp(log_at), np.sqrt(float(sizes[below]) * float(sizes[above]))))
+    return pandas.DataFrame(found, columns=["flops", "params"])
+
+
+def takeover_line(points: pandas.DataFrame, resamples: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Exponent and log scale of params = scale·flops^exponent through `takeovers`, [2], and draws of them, [R, 2]; nan with fewer than 3.
+
+    The sizes are chosen and the budgets measured, so the line is fitted to ln C by ln N, and turned round. Draws are Student's, by the
+    scatter of the takeovers about the line.
+    """
+    spare = len(points) - 2
+    if spare < 1:
+        return np.full(2, np.nan), np.full((resamples, 2), np.nan)
+    log_n, log_c = np.log(points["params"].to_numpy()), np.log(points["flops"].to_numpy())
+    from_mean = log_n - log_n.mean()
+    slope, middle = np.polyfit(from_mean, log_c, 1)
+    rng = np.random.default_rng(seed)
+    deviation = np.sqrt(np.sum((log_c - middle - slope * from_mean) ** 2) / rng.chisquare(spare, size=(resamples, 1)))
+    error_Rx2 = deviation * rng.normal(size=(resamples, 2)) / np.sqrt([np.sum(from_mean**2), len(points)])
+    slope_Q, middle_Q = np.concatenate([[[slope, middle]], [slope, middle] + error_Rx2]).T
+    exponent_Q = 1 / np.where(slope_Q > 0, slope_Q, np.nan)
+    lines_Qx2 = np.stack([exponent_Q, log_n.mean() - exponent_Q * middle_Q], axis=1)
+    return lines_Qx2[0], lines_Qx2[1:]

@@ -12,9 +12,9 @@ from scaling_jax.laws import kaplan_forms as forms
 from scaling_jax.laws import kaplan_theory as theory
 from scaling_jax.laws.chinchilla_form import QUICK
 from scaling_jax.laws.finding import Analysis, Finding
-from scaling_jax.laws.frontier import early_stopped, frontier_rows, last_fall, on_all_data, prepared, tuned, tuning_said
+from scaling_jax.laws.frontier import different_sizes, early_stopped, frontier_rows, last_fall, on_all_data, prepared, tuned, tuning_said
 from scaling_jax.laws.observations import Observations, different, enough
-from scaling_jax.laws.rivals import beside_published, draws_of, fitted_rivals, from_draws
+from scaling_jax.laws.rivals import beside_published, derived, draws_of, fitted_rivals
 
 CONVERGED = 0.02  # a loss that falls by less over the last doubling of tokens counts as converged: about what seeds differ by
 
@@ -23,14 +23,9 @@ def of_size(table: pandas.DataFrame) -> Finding:
     """L(N): the tuned loss of each size at its longest horizon, on all data."""
     what = "L(N)"
     rows = tuned(on_all_data(prepared(table, ())), ("size", "horizon"))
-    different(rows["size"], "params", 3, what)
+    different_sizes(rows["size"], 3, what)
     last = rows.loc[rows.groupby("size")["horizon"].idxmax()].copy()
     last["falling"] = [last_fall(run["tokens"].to_numpy(), run["loss"].to_numpy()) for _, run in rows.groupby("size")]
-    reach = last["size"].max() / last["size"].min()
-    if reach < 2:
-        raise UserError(
-            f"{what} needs sizes that differ by a factor of 2 or more; params are {last['size'].min():.4g} to {last['size'].max():.4g}"
-        )
     points = last[["size", "tokens", "loss", "falling"]].rename(columns={"size": "params"}).reset_index(drop=True)
     origin = f"each size at its longest horizon; {tuning_said(rows)}"
     data = Observations({"params": points["params"].to_numpy()}, points["loss"].to_numpy(), np.arange(len(points)), origin, points)
@@ -70,7 +65,7 @@ def of_compute(table: pandas.DataFrame) -> Finding:
     """L(C): the tuned rows on the lower envelope over C = 6·N·tokens, between a smaller and a larger size that were measured there too."""
     what = "L(C)"
     rows = tuned(on_all_data(prepared(table, ())), ("size", "horizon"))
-    different(rows["size"], "params", 3, what)
+    different_sizes(rows["size"], 3, what)
     return compute_law("kaplan_c", what, rows, "flops", "size", (forms.C, forms.C_FLOOR), tuning_said(rows))
 
 
@@ -114,7 +109,17 @@ def of_size_and_data(table: pandas.DataFrame) -> Finding:
     if one_pass(table):
         said.append("the table has no subsets of the data (data_tokens): D is what was seen in one pass, and nothing was stopped early")
     ratio = draws_of(law, "alpha_n") / draws_of(law, "alpha_d")
-    numbers = [from_draws("alpha_n / alpha_d", law.values["alpha_n"] / law.values["alpha_d"], ratio, published=0.74, source=theory.SOURCE)]
+    numbers = [
+        derived(
+            "alpha_n / alpha_d",
+            law.values["alpha_n"] / law.values["alpha_d"],
+            ratio,
+            [law],
+            ("alpha_n", "alpha_d"),
+            published=theory.DATA_RULE[1],
+            source=theory.SOURCE,
+        )
+    ]
     return Finding("kaplan_nd", what, fits, best, numbers, said + statements, tidy(points), len(data.y), comparison)
 
 
@@ -146,7 +151,7 @@ def size_and_data(table: pandas.DataFrame, what: str) -> tuple[pandas.DataFrame,
         origin = f"early-stopped losses on subsets of the data; {tuning_said(points)}"
         cluster = None
     points["params"] = points["size"]
-    different(points["params"], "params", 2, what)
+    different_sizes(points["params"], 2, what)
     different(points["data_tokens"], "data_tokens", 2, what)
     _not_all_censored(points, 5, what)
     fitted = points[~points["censored"]]
@@ -177,12 +182,16 @@ def _converged(falling: np.ndarray) -> str:
 
 
 def censored_said(points: pandas.DataFrame) -> list[str]:
-    left = int(points["censored"].sum())
-    return (
-        [f"{left} of {len(points)} points are left out: their loss still fell by more than {CONVERGED:.0%} at the last horizon"]
-        if left
-        else []
-    )
+    """Which points of `size_and_data` or `data_observations` are left out, and of which it is not known whether they should be."""
+    left, said = int(points["censored"].sum()), []
+    if left:
+        said.append(f"{left} of {len(points)} points are left out: their loss still fell by more than {CONVERGED:.0%} at the last horizon")
+    if "falling" in points and (unknown := int(points["falling"].isna().sum())):
+        said.append(
+            f"of {unknown} of {len(points)} points it cannot be told whether the loss was at its lowest: the run has one horizon, or none "
+            "at half of its last. They are taken as they are; those whose loss still fell are only bounds"
+        )
+    return said
 
 
 def tidy(points: pandas.DataFrame) -> pandas.DataFrame:

@@ -1,5 +1,7 @@
 """Compute-efficient allocation after Kaplan et al. 2020 (arXiv 2001.08361): measured, by the closed form, and where the two contradict."""
 
+import functools
+
 import numpy as np
 import pandas
 
@@ -8,12 +10,11 @@ from scaling_jax.laws import kaplan_forms as forms
 from scaling_jax.laws import kaplan_theory as theory
 from scaling_jax.laws.finding import Analysis, Finding, Number
 from scaling_jax.laws.fit import LawFit, fit
-from scaling_jax.laws.frontier import on_all_data, prepared, tuned
+from scaling_jax.laws.frontier import different_sizes, on_all_data, prepared, tuned
 from scaling_jax.laws.isoflop import bootstrapped, line, minima
 from scaling_jax.laws.kaplan import data_observations, envelope_observations
-from scaling_jax.laws.kaplan_steps import least_compute_rows, of_critical_batch, of_steps
-from scaling_jax.laws.observations import different
-from scaling_jax.laws.rivals import against, draws_of, from_draws
+from scaling_jax.laws.kaplan_steps import least_compute_rows, of_critical_batch, of_steps, with_least_compute
+from scaling_jax.laws.rivals import against, derived, draws_of, from_draws
 
 _TABLE = f"{theory.SOURCE}, Table 6"
 _CLOSED = f"{theory.SOURCE}, App. B"
@@ -32,8 +33,8 @@ def allocation(table: pandas.DataFrame) -> Finding:
         rows = rows.sort_values("loss").drop_duplicates(["size", "horizon"])  # of each size the best batch size at that horizon
     except UserError:
         rows = tuned(on_all_data(prepared(table, ())), ("size", "horizon"))
-        courses, budget, unit, said = None, "flops", "C", ["B_crit is not known: compute is 6·N·tokens as spent, not C_min"]
-    different(rows["size"], "params", 3, what)
+        courses, critical, budget, unit, said = None, None, "flops", "C", ["B_crit is not known: compute is 6·N·tokens as spent, not C_min"]
+    different_sizes(rows["size"], 3, what)
     points = minima(rows, budget)
     enclosed = points[~points["censored"]]
     if len(enclosed) < 3:
@@ -41,7 +42,10 @@ def allocation(table: pandas.DataFrame) -> Finding:
             f"{what} needs 3 budgets or more at which a smaller and a larger size than the best were measured; of {len(points)}, "
             f"{len(enclosed)} are so: more sizes, or horizons at which their courses cross"
         )
-    numbers = _measured(points, bootstrapped(rows, budget), unit)
+    drawn = bootstrapped(rows, budget)
+    if critical is not None and (off := [line(minima(with_least_compute(rows, other), budget)) for other in critical.off()]):
+        drawn = drawn + critical.draws(len(drawn)) @ (np.array(off) - line(points))
+    numbers = _measured(points, drawn, unit)
     said.append(against("the measured exponent of N", *numbers[0][1:4], theory.TABLE_6["params"][1], theory.SOURCE))
     if left := len(points) - len(enclosed):
         said.append(f"{left} of {len(points)} budgets are left out: the best size lies at the edge of what was measured there")
@@ -75,18 +79,21 @@ def _closed_form(table: pandas.DataFrame) -> tuple[dict[str, LawFit], list[Numbe
     count = min(len(steps.draws_RxP), len(batch.draws_RxP))
     drawn = theory.Training(**{name: draws_of(law, name)[:count] for law in (steps, batch) for name in law.form.names})
     published = theory.PUBLISHED
-    numbers = []
-    for letter, name in (("N", "alpha_n"), ("B", "alpha_b"), ("S_min", "alpha_s")):
+    number = functools.partial(derived, laws=[steps, batch], source=_CLOSED)
+    powers, numbers = ("alpha_n", "alpha_b", "alpha_s"), []
+    for letter, name in zip(("N", "B", "S_min"), powers, strict=True):
         of_all = [theory.compute_exponent(of) / getattr(of, name) for of in (k, drawn, published)]
-        numbers.append(from_draws(f"p of {letter} ∝ C_min^p, closed form", *of_all[:2], published=of_all[2], source=_CLOSED))
+        numbers.append(number(f"p of {letter} ∝ C_min^p, closed form", *of_all[:2], uses=powers, published=of_all[2]))
     exponents = [theory.compute_exponent(of) for of in (k, drawn, published)]
-    numbers.append(from_draws("α_C^min, closed form", *exponents[:2], published=exponents[2], source=_CLOSED))
+    numbers.append(number("α_C^min, closed form", *exponents[:2], uses=powers, published=exponents[2]))
     at_day = [theory.efficient(1.0, of).params for of in (k, drawn, published)]
-    more = {"unit": "parameters", "published": float(at_day[2]), "source": _CLOSED}
-    return fits, [*numbers, from_draws("N at one PF-day, closed form", *at_day[:2], **more)]
+    more = {"uses": theory.Training._fields, "unit": "parameters", "published": float(at_day[2])}
+    return fits, [*numbers, number("N at one PF-day, closed form", *at_day[:2], **more)]
 
 
 def _contradiction(measured: Number, closed: Number, unit: str) -> str:
+    if closed.value is None:
+        return f"N ∝ {unit}^{measured.value:.2f} measured cannot be set beside the closed form: {closed.note}"
     sentence = f"N ∝ {unit}^{measured.value:.2f} measured against C_min^{closed.value:.2f} by the closed form"
     if None in (measured.low, measured.high, closed.low, closed.high):
         verdict = "without intervals for both"
@@ -109,8 +116,10 @@ def _meeting(
         if courses is None:
             raise UserError("B_crit is not known")
         envelope = envelope_observations("L(C_min)", courses, "min_flops", "course", "")
-        data = fit(forms.D, data_observations(table), resamples=0).values
-        compute = fit(forms.C_MIN, envelope, resamples=0).values
+        laws = [fit(forms.D, data_observations(table), resamples=0), fit(forms.C_MIN, envelope, resamples=0)]
+        if unknown := [sentence for law in laws for sentence in law.unidentified.values()]:
+            raise UserError("; ".join(unknown))
+        data, compute = (law.values for law in laws)
     except UserError as error:
         return [], [f"where L(C_min) and L(D) contradict each other (section 6.3) cannot be told: {error}; {theirs}"]
     log_one = np.mean(np.log(enclosed["tokens"]) - exponent * np.log(enclosed["flops"] / theory.PF_DAY))

@@ -11,7 +11,7 @@ from scaling_jax.laws.fit import fit
 from scaling_jax.laws.kaplan import censored_said, one_pass, size_and_data, tidy
 from scaling_jax.laws.kaplan_steps import of_steps
 from scaling_jax.laws.observations import Observations
-from scaling_jax.laws.rivals import against, beside_published, draws_of, from_draws
+from scaling_jax.laws.rivals import against, beside_published, derived, draws_of
 
 EXCESS = (0.02, 0.05, 0.1, 0.2)  # δL for which the data rule is measured: the first that most sizes pass
 _ALL = 1e40  # tokens: so many that they limit no loss
@@ -27,20 +27,26 @@ def overfitting(table: pandas.DataFrame) -> Finding:
     constants = {name: law.values[name] for name in law.form.names}
     drawn = {name: draws_of(law, name) for name in law.form.names}
     exponent = constants["alpha_n"] / constants["alpha_d"]
-    by_constants = from_draws(
-        "γ by L(N, D)", exponent, drawn["alpha_n"] / drawn["alpha_d"], published=theory.DATA_RULE[1], source=theory.SOURCE
-    )
+    both = ("alpha_n", "alpha_d")
+    ratio, source = drawn["alpha_n"] / drawn["alpha_d"], theory.SOURCE
+    by_constants = derived("γ by L(N, D)", exponent, ratio, [law], both, published=theory.DATA_RULE[1], source=source)
     numbers, said = [by_constants], []
     said.append(against("γ = α_N/α_D of D ∝ N^γ", *by_constants[1:4], theory.DATA_RULE[1], theory.SOURCE))
     largest = float(points["params"].max())
     needed, drawn_needed = theory.tokens_for(largest, EXCESS[0], **constants), theory.tokens_for(largest, EXCESS[0], **drawn)
-    numbers.append(from_draws(f"data for {largest:.3g} parameters, {EXCESS[0]:.0%} overfitting", needed, drawn_needed, unit="tokens"))
+    of_largest = f"data for {largest:.3g} parameters, {EXCESS[0]:.0%} overfitting"
+    numbers.append(derived(of_largest, needed, drawn_needed, [law], law.form.names, unit="tokens"))
     endless = law.predict({"params": points["params"], "data_tokens": np.full(len(points), _ALL)})
+    if unknown := [name for name in ("n_c", "alpha_n") if name in law.unidentified]:
+        endless = np.full(len(points), np.nan)  # L(N, ∞) is not known, nor then what a loss exceeds it by
     points["excess"] = points["loss"] / endless - 1
-    points["excess_by_law"] = theory.overfitting(points["params"], points["data_tokens"], **constants)
+    points["excess_by_law"] = np.nan if law.unidentified else theory.overfitting(points["params"], points["data_tokens"], **constants)
     fits, best = {law.form.name: law}, law.form.name
     excess, rule = _rule_points(points)
-    if len(rule) >= 3:
+    if unknown:
+        said.append(f"neither the data rule nor the bound of early stopping can be measured: L(N, ∞) needs {' and '.join(unknown)}")
+        said += [law.unidentified[name] for name in unknown]
+    elif len(rule) >= 3:
         x = {"params": rule["params"].to_numpy()}
         origin = f"data at which the measured loss is {excess:.0%} above L(N, ∞) of the fitted L(N, D), read off between subsets"
         measured = fit(forms.DATA, Observations(x, rule["data_tokens"].to_numpy(), np.arange(len(rule)), origin, rule))
@@ -52,7 +58,8 @@ def overfitting(table: pandas.DataFrame) -> Finding:
         said += beside_published(measured, theory.SOURCE)
     else:
         said.append(f"the data rule cannot be measured directly: {len(rule)} sizes pass {excess:.0%} between their subsets, 3 are needed")
-    said += _stopping_bound(table, points, endless)
+    if not unknown:
+        said += _stopping_bound(table, points, endless)
     return Finding("kaplan_overfitting", what, fits, best, numbers, said + censored_said(points), tidy(points), len(data.y))
 
 
@@ -78,9 +85,12 @@ def _stopping_bound(table: pandas.DataFrame, points: pandas.DataFrame, endless: 
     if "batch_tokens" not in points:
         return ["the bound of early stopping needs batch_tokens"]
     try:
-        steps = of_steps(table).fits[forms.NS.name].values
+        law = of_steps(table).fits[forms.NS.name]
     except UserError as error:
         return [f"the bound of early stopping cannot be checked: {error}"]
+    if unknown := [law.unidentified[name] for name in ("s_c", "alpha_s") if name in law.unidentified]:
+        return [f"the bound of early stopping cannot be checked: of L(N, S_min), {'; '.join(unknown)}"]
+    steps = law.values
     risen = ((points["falling"] == 0) & (points["excess"] > 0)).to_numpy()
     if not risen.any():
         return ["the bound of early stopping cannot be checked: the loss of no run rose"]

@@ -78,7 +78,9 @@ def _aspects(points: pandas.DataFrame, origin: str) -> tuple[dict[str, LawFit], 
     kept = kept.loc[kept.groupby(["size", "horizon", "aspect"])["loss"].idxmin()]
     if kept["aspect"].nunique() < 4:
         return {}, [f"{kept['aspect'].nunique()} aspects of one MLP ratio are too few for a parabola; 4 are needed"]
-    data = Observations({"aspect": kept["aspect"].to_numpy(float)}, kept["loss_ratio"].to_numpy(), np.arange(len(kept)), origin, kept)
+    shape = [name for name in _SHAPE if name in kept]
+    run = kept.groupby(["size", *shape], dropna=False).ngroup().to_numpy()  # its horizons share the noise of its runs
+    data = Observations({"aspect": kept["aspect"].to_numpy(float)}, kept["loss_ratio"].to_numpy(), run, origin, kept)
     law = fit(forms.SHAPE, data)
     low, high = law.intervals["best_aspect"]
     ends = f"{'…' if low is None else f'{low:.3g}'} to {'…' if high is None else f'{high:.3g}'}"

@@ -1,5 +1,6 @@
 """Kaplan et al. 2020 (arXiv 2001.08361) from a results table: critical batch size by loss, training steps, least compute."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,11 +13,11 @@ from scaling_jax.laws import kaplan_theory as theory
 from scaling_jax.laws.critical_batch import tradeoff_fit
 from scaling_jax.laws.finding import Analysis, Finding, Number
 from scaling_jax.laws.fit import LawFit, fit
-from scaling_jax.laws.frontier import iso_loss, on_all_data, prepared, tuned, tuning_said
-from scaling_jax.laws.kaplan import compute_law
+from scaling_jax.laws.frontier import different_sizes, iso_loss, on_all_data, prepared, tuned, tuning_said
+from scaling_jax.laws.kaplan import compute_law, envelope_observations
 from scaling_jax.laws.observations import Observations, different
-from scaling_jax.laws.power_law import power_law
-from scaling_jax.laws.rivals import beside_published, fitted_rivals, from_draws
+from scaling_jax.laws.power_law import PowerLaw, power_law
+from scaling_jax.laws.rivals import beside_published, derived, fitted_rivals, with_error_of_input
 
 NOISE = "noise_scale_tokens"
 CONVERGENCE = 0.02  # above converged: what efficient training is compared with
@@ -86,6 +87,23 @@ class Critical(NamedTuple):
 
     of: Callable[[pandas.DataFrame], np.ndarray]
     said: str
+    law: PowerLaw | None = None  # of the loss, where it was fitted
+
+    def off(self) -> list["Critical"]:
+        """The law higher by its standard error, and steeper by its: two errors that are independent of each other."""
+        if (law := self.law) is None:
+            return []
+        higher = law._replace(log_scale=law.log_scale + law.centre_se)
+        steeper = law._replace(exponent=law.exponent + law.exponent_se, log_scale=law.log_scale - law.exponent_se * law.centre)
+        return [Critical(functools.partial(_by_law, other), self.said) for other in (higher, steeper)]
+
+    def draws(self, count: int) -> np.ndarray:
+        """Draws of the two errors, [count, 2], in standard errors."""
+        return np.random.default_rng(0).standard_t(self.law.points - 2, size=(count, 2)) if self.law else np.zeros((count, 0))
+
+
+def _by_law(law: PowerLaw, rows: pandas.DataFrame) -> np.ndarray:
+    return law(rows["loss"].to_numpy())
 
 
 def known_critical(rows: pandas.DataFrame) -> Critical | None:
@@ -94,7 +112,8 @@ def known_critical(rows: pandas.DataFrame) -> Critical | None:
         points = critical_points(rows)
         fitted = points[~points["censored"]]
         if (law := power_law(fitted["loss"], fitted["critical_batch_tokens"])) is not None:
-            return Critical(lambda r: law(r["loss"].to_numpy()), f"B_crit(L) by steps to a loss, {law.points} points, L^{law.exponent:.3g}")
+            said = f"B_crit(L) by steps to a loss, {law.points} points, L^{law.exponent:.3g}"
+            return Critical(functools.partial(_by_law, law), said, law)
     if NOISE in rows and (np.isfinite(rows[NOISE].astype(float)) & (rows[NOISE] > 0)).any():
         return Critical(
             lambda r: r[NOISE].astype(float).where(r[NOISE] > 0).to_numpy(), "B_crit is each row's noise scale (noise_scale_tokens)"
@@ -124,13 +143,17 @@ def of_steps(table: pandas.DataFrame) -> Finding:
     else:
         steps = theory.min_steps(steps, best["batch_tokens"], critical.of(best))
         said = [critical.said]
-    points = best.assign(params=best["size"], min_steps=np.asarray(steps, float))
+    points = best.assign(params=best["size"], min_steps=np.asarray(steps, float), steps=best["tokens"] / best["batch_tokens"])
     points = points[np.isfinite(points["min_steps"]) & (points["min_steps"] > 0)].reset_index(drop=True)
-    different(points["params"], "params", 2, what)
+    different_sizes(points["params"], 2, what)
     different(points["tokens"], "horizons", 3, what)
     x = {name: points[name].to_numpy(float) for name in ("params", "min_steps", "tokens")}
     data = Observations(x, points["loss"].to_numpy(), points["run"].to_numpy(), f"rows after warmup; {tuning_said(best)}", points)
     fits, best_name, comparison, statements = fitted_rivals((forms.NS,), data, "tokens")
+    if critical is not None and critical.law is not None:
+        others = [theory.min_steps(points["steps"], points["batch_tokens"], other.of(points)) for other in critical.off()]
+        seen = [data._replace(x=x | {"min_steps": np.asarray(least, float)}) for least in others]
+        fits[forms.NS.name] = with_error_of_input(fits[forms.NS.name], seen, critical.draws)
     law = fits[forms.NS.name]
     said += beside_published(law, theory.SOURCE)
     numbers = _of_efficient_training(law)
@@ -143,17 +166,15 @@ def _of_efficient_training(law: LawFit) -> list[Number]:
     of_batch = {"alpha_b": 1.0, "b_star": 1.0}  # play no part in it
     k = theory.Training(**law.values, **of_batch)
     drawn = theory.Training(**dict(zip(law.form.names, law.draws_RxP.T, strict=True)), **of_batch)
-    by = {"source": f"{theory.SOURCE}, App. B"}
+    number = functools.partial(derived, laws=[law], uses=("alpha_n", "alpha_s"), source=f"{theory.SOURCE}, App. B")
     stops = theory.other_stop(theory.stop_above_converged(k), CONVERGENCE, k)
     drawn_stops = theory.other_stop(theory.stop_above_converged(drawn), CONVERGENCE, drawn)
-    numbers = [
-        from_draws("efficient training stops above converged by", k.alpha_n / k.alpha_s, drawn.alpha_n / drawn.alpha_s, published=0.1, **by)
-    ]
+    numbers = [number("efficient training stops above converged by", k.alpha_n / k.alpha_s, drawn.alpha_n / drawn.alpha_s, published=0.1)]
     for what, value, draws, published in zip(("parameters", "steps", "compute"), stops, drawn_stops, (2.7, 1 / 7.7, 0.35), strict=True):
-        numbers.append(from_draws(f"{what} over those of training to 2% of convergence", value, draws, published=published, **by))
+        numbers.append(number(f"{what} over those of training to 2% of convergence", value, draws, published=published))
     for size, published in ((0.6, 1.2), (2.2, 1.2)):
         value, draws = theory.other_size(size, k)[1], theory.other_size(size, drawn)[1]
-        numbers.append(from_draws(f"compute for {size} times the efficient size", value, draws, published=published, **by))
+        numbers.append(number(f"compute for {size} times the efficient size", value, draws, published=published))
     return numbers
 
 
@@ -164,9 +185,14 @@ def of_least_compute(table: pandas.DataFrame) -> Finding:
     """L(C_min), C_min = 6·N·tokens/(1 + B/B_crit): the lower envelope over courses of every size and batch size."""
     what = "L(C_min)"
     rows, critical = least_compute_rows(table, what)
-    different(rows["size"], "params", 3, what)
-    more = [critical.said]
-    return compute_law("kaplan_cmin", what, rows, "min_flops", "course", (forms.C_MIN, forms.C_MIN_FLOOR), tuning_said(rows), more)
+    different_sizes(rows["size"], 3, what)
+    origin, pair = tuning_said(rows), (forms.C_MIN, forms.C_MIN_FLOOR)
+    finding = compute_law("kaplan_cmin", what, rows, "min_flops", "course", pair, origin, [critical.said])
+    try:
+        others = [envelope_observations(what, with_least_compute(rows, other), "min_flops", "course", origin) for other in critical.off()]
+    except UserError as error:
+        return finding._replace(statements=[*finding.statements, f"the error of B_crit is not in the intervals: {error}"])
+    return finding._replace(fits={name: with_error_of_input(law, others, critical.draws) for name, law in finding.fits.items()})
 
 
 def least_compute_rows(table: pandas.DataFrame, what: str) -> tuple[pandas.DataFrame, Critical]:
@@ -177,10 +203,14 @@ def least_compute_rows(table: pandas.DataFrame, what: str) -> tuple[pandas.DataF
             f"{what} needs B_crit: rows at 4 batch sizes or more that reach the same losses, or the column {NOISE}; the table has neither"
         )
     best = tuned(rows, ("size", "batch_tokens", "horizon"))
-    best["min_flops"] = theory.min_compute(best["flops"], best["batch_tokens"], critical.of(best))
+    best = with_least_compute(best, critical)
     best = best[np.isfinite(best["min_flops"])].reset_index(drop=True)
     best["course"] = best.groupby(["size", "batch_tokens"]).ngroup()
     return best, critical
+
+
+def with_least_compute(rows: pandas.DataFrame, critical: Critical) -> pandas.DataFrame:
+    return rows.assign(min_flops=theory.min_compute(rows["flops"], rows["batch_tokens"], critical.of(rows)))
 
 
 ANALYSES = (

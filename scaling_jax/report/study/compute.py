@@ -8,6 +8,7 @@ import pandas
 from scaling_jax.errors import UserError
 from scaling_jax.laws.chinchilla_form import allocation as closed_form
 from scaling_jax.laws.finding import Finding
+from scaling_jax.laws.fit import widened
 from scaling_jax.report.figures import GREY
 from scaling_jax.report.study.plot import Plot, Source, counted, interval_text, listed, plot, power, runs_in, sentence
 from scaling_jax.report.study.style import MARKERS, amounts, flops, grid, legend, panels, plain_log, shades, size
@@ -113,7 +114,7 @@ def _closed(source: Source, parts: list[pandas.DataFrame]) -> pandas.DataFrame:
     drawn = closed_form(*(fitted.draws_RxP[:, fitted.form.names.index(n), None] for n in ("A", "B", "E", "alpha", "beta")))
     data = {"flops": budgets}
     for name in ("params", "tokens"):
-        draws = getattr(drawn, name)(budgets)
+        draws = widened(getattr(best, name)(budgets), getattr(drawn, name)(budgets), fitted.widen)
         low, high = np.nanquantile(draws, [0.025, 0.975], axis=0) if len(draws) else np.full((2, 40), np.nan)
         data |= {name: getattr(best, name)(budgets), f"{name}_low": low, f"{name}_high": high}
     return pandas.DataFrame(data)
