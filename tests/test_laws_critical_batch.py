@@ -306,6 +306,7 @@ def test_forms_that_fit_alike_give_different_bends():
     fits = {form: kink_fit(table, form) for form in ("surge", "plateau")}
     assert fits["surge"].rms < 1e-6 and 0.005 < fits["plateau"].rms < 0.1
     assert fits["plateau"].batch_tokens < fits["surge"].batch_tokens / 2
+    assert fits["surge"].aicc < fits["plateau"].aicc
 
 
 def test_errors_of_the_lrs_are_weights():

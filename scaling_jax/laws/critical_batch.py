@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.likelihood import Likeliest, least_squares
+from scaling_jax.laws.likelihood import Likeliest, aicc, least_squares
 from scaling_jax.laws.noise_bins import METRICS, bounded_bins, noise_bins
 from scaling_jax.laws.power_law import PowerLaw, power_law
 from scaling_jax.laws.table import at_least, check, only_value, optional, required
@@ -256,6 +256,11 @@ class Kink(NamedTuple):
     def rms(self) -> float:
         """Root mean square of the residuals of log η. Forms whose values are close cannot be told apart."""
         return float(np.sqrt(np.mean(self.residuals**2)))
+
+    @property
+    def aicc(self) -> float:
+        """Of normal residuals of log η; to be compared between forms of one table."""
+        return aicc(self.residuals, 2)
 
 
 KINK_FORMS = {  # log η as a function of log B and log B_c
