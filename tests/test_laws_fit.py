@@ -226,3 +226,20 @@ def test_predictions_in_range_stay_known_along_a_curved_valley():
         widths.append(np.log(high[0] / low[0]))
         inside += low[0] < truth < high[0]
     assert inside >= 17 and np.median(widths) < 0.01  # 2·2.45·0.003/√9 is 0.005, of a line
+
+
+def test_along_a_curved_valley_predictions_are_known_in_range_and_open_beyond():
+    """Two sizes leave A and α of E + A/N^α + B/T^β free together: known where measured, unknown at another size."""
+    from scaling_jax.laws.chinchilla_form import QUICK
+
+    sizes, tokens = (a.ravel() for a in np.meshgrid([1e6, 4e6], np.geomspace(1e7, 1e9, 8)))
+    truth = {"A": 400.0, "B": 400.0, "E": 1.7, "alpha": 0.34, "beta": 0.28}
+    x = {"params": sizes, "tokens": tokens}
+    rng = np.random.default_rng(11)
+    fitted = fit(QUICK, Observations(x, QUICK.predict(truth, x) * np.exp(1e-3 * rng.normal(size=16)), np.arange(16), "planted"))
+    assert {"A", "alpha"} <= set(fitted.unidentified)
+    asked = {"params": np.array([4e6, 4e8]), "tokens": np.array([3e8, 3e8])}
+    low, high = fitted.interval(asked)
+    inside, beyond = QUICK.predict(truth, asked)
+    assert low[0] < inside < high[0] and high[0] / low[0] < 1.01
+    assert low[1] < beyond < high[1] and high[1] / low[1] > 1.03

@@ -128,10 +128,13 @@ def fit(
     residuals = y - _log_or_plain(form, values, data.x)
     slope_NxP = _slope(form, fitted, data.x) * np.sqrt(delta / np.maximum(np.abs(residuals), delta))[:, None]
     leverage_G = _leverage(slope_NxP, data.cluster)
-    raw_RxP = _reweighted(form, data.x, y, bootstrap_weights(data.cluster, resamples, seed, leverage_G), rivals_KxP, delta)
+    weight_RxN, idle_KxP = bootstrap_weights(data.cluster, resamples, seed, leverage_G), _idle_directions(slope_NxP)
+    raw_RxP = _reweighted(form, data.x, y, weight_RxN, rivals_KxP, delta)
+    if len(idle_KxP) and len(raw_RxP):
+        raw_RxP = _along(form, data.x, y, weight_RxN, raw_RxP, idle_KxP, delta, seed)
     widen = _widening(clusters, free)
-    draws_RxP = _spread(form, raw_RxP if np.isfinite(widen) else raw_RxP[:0], _idle_directions(slope_NxP), seed)
-    intervals, unidentified = _intervals(form, fitted, draws_RxP, len(raw_RxP), clusters, widen, _idle_directions(slope_NxP))
+    draws_RxP = raw_RxP if np.isfinite(widen) else raw_RxP[:0]
+    intervals, unidentified = _intervals(form, fitted, draws_RxP, len(raw_RxP), clusters, widen, idle_KxP)
     spread_RxP = draws_RxP if len(draws_RxP) > 1 else np.full((2, free), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         correlations = np.atleast_2d(np.corrcoef(spread_RxP.T))
@@ -289,14 +292,19 @@ def _idle_directions(slope_NxP: np.ndarray) -> np.ndarray:
     return idle_KxP / size_P / np.linalg.norm(idle_KxP / size_P, axis=1, keepdims=True) if len(idle_KxP) else idle_KxP
 
 
-def _spread(form, draws_RxP, idle_KxP, seed):
-    """The draws moved along directions that the data leave free, anywhere between the bounds: predictions off the data are then as open."""
+def _along(form, x, y, weight_RxN, draws_RxP, idle_KxP, delta, seed):
+    """The draws moved along directions that the data leave free, anywhere within the bounds, and fitted anew from there. Each is still
+    a fit of its resample, but they spread over all that fit as well: so predictions off the data are as open as they should be."""
     low_P, high_P = form.transformed([[p.low for p in form.parameters], [p.high for p in form.parameters]])
-    rng = np.random.default_rng(seed)
+    rng, moved_RxP = np.random.default_rng(seed), draws_RxP
     for idle_P in idle_KxP:
-        ahead_RxP, back_RxP = (_within(draws_RxP, np.full_like(draws_RxP, sign * _FAR) * idle_P, low_P, high_P) for sign in (1, -1))
-        draws_RxP = back_RxP + rng.uniform(size=(len(draws_RxP), 1)) * (ahead_RxP - back_RxP)
-    return draws_RxP
+        sign_Rx1 = rng.choice([-1.0, 1.0], size=(len(draws_RxP), 1))
+        end_RxP = _within(moved_RxP, _FAR * sign_Rx1 * idle_P, low_P, high_P)
+        moved_RxP = moved_RxP + rng.uniform(size=sign_Rx1.shape) ** 3 * (end_RxP - moved_RxP)  # more of them near than far
+    before_R = descend(form, x, y[None], weight_RxN, draws_RxP, delta, 0).objective_Q
+    found = descend(form, x, y[None], weight_RxN, moved_RxP, delta, 2 * _FIRST)
+    as_good_R = found.objective_Q <= before_R * (1 + 1e-3) + 1e-12 * len(y)
+    return np.where(as_good_R[:, None], found.fitted_QxP, draws_RxP)
 
 
 def _within(fitted_P, move_RxP, low_P, high_P):

@@ -34,7 +34,7 @@ def fitted_rivals(
         try:
             comparison = compare([form for form in forms if form.name in fits], data, by)
             statements.append(comparison.statement)
-            if best not in comparison.tied and fits[comparison.best].identified:
+            if best not in comparison.tied and (fits[comparison.best].identified or not fits[best].identified):
                 best = comparison.best
         except UserError as error:
             statements.append(str(error))
