@@ -7,7 +7,7 @@ What is minimized is Σ huber_δ(residual), a sum and not a mean (Hoffmann et al
 likelihood: it has no AICc and no profile intervals; `likelihood` has those. Intervals come from the Bayesian bootstrap (Rubin 1981): every
 resample gives each cluster, a run with all its horizons, a random weight of mean 1, and is fitted anew from the best fit and its rivals. No
 cluster is ever left out altogether, so that a grid keeps its corners. The weights are exponential, with more variance the more leverage a
-cluster has: residuals are smaller there than errors are (MacKinnon and White 1985, HC2).
+cluster has: residuals are smaller there than errors are (MacKinnon and White 1985, HC3).
 """
 
 from collections.abc import Mapping
@@ -166,9 +166,9 @@ def refits(form: Form, data: Observations, rows_N: np.ndarray, weight_RxN: np.nd
 
 
 def bootstrap_weights(cluster: np.ndarray, resamples: int, seed: int, leverage_G: np.ndarray | float = 0.0) -> np.ndarray:
-    """Weights of the rows, [R, n], one for each cluster: mean 1, variance 1/(1 − leverage), exponential without leverage."""
+    """Weights of the rows, [R, n], one for each cluster: mean 1, variance 1/(1 − leverage)², exponential without leverage."""
     clusters, cluster_N = np.unique(cluster, return_inverse=True)
-    shape = 1 - np.minimum(leverage_G, _MOST_LEVERAGE)
+    shape = (1 - np.minimum(leverage_G, _MOST_LEVERAGE)) ** 2
     weight_RxG = np.random.default_rng(seed).gamma(shape, 1 / shape, size=(resamples, len(clusters)))
     weight_RxG *= len(clusters) / weight_RxG.sum(axis=1, keepdims=True)
     return weight_RxG[:, cluster_N]
