@@ -7,7 +7,7 @@ What is minimized is Σ huber_δ(residual), a sum and not a mean (Hoffmann et al
 likelihood: it has no AICc and no profile intervals; `likelihood` has those. Intervals come from the Bayesian bootstrap (Rubin 1981): every
 resample gives each cluster, a run with all its horizons, a random weight of mean 1, and is fitted anew from the best fit and its rivals. No
 cluster is ever left out altogether, so that a grid keeps its corners. The weights are exponential, with more variance the more leverage a
-cluster has: residuals are smaller there than errors are (MacKinnon and White 1985, HC3).
+cluster has: residuals are smaller there than errors are (MacKinnon and White 1985, HC2 and HC3).
 """
 
 from collections.abc import Mapping
@@ -107,8 +107,8 @@ def fit(
       starts: parameters to start from, [S, P] in natural units, instead of the form's.
 
     Returns:
-      The best of all descents. For few clusters G the bootstrap's deviations are widened by √((G+1)/G)·t(G−P)/1.96, P being the number of
-      parameters: of a straight line this gives Student's interval. With G ≤ P every interval is open.
+      The best of all descents. For few clusters G the bootstrap's deviations are widened by √((G+1)/G)·t(f)/1.96, f being the lesser of
+      G − 1 and n − P (points less parameters): of a straight line this gives Student's interval. With G ≤ P every interval is open.
 
     Raises:
       UserError: no more points than parameters, fewer than three clusters, or values that the form cannot take.
@@ -127,12 +127,11 @@ def fit(
     values = dict(zip(form.names, form.natural(fitted).tolist(), strict=True))
     residuals = y - _log_or_plain(form, values, data.x)
     slope_NxP = _slope(form, fitted, data.x) * np.sqrt(delta / np.maximum(np.abs(residuals), delta))[:, None]
-    leverage_G = _leverage(slope_NxP, data.cluster)
-    weight_RxN, idle_KxP = bootstrap_weights(data.cluster, resamples, seed, leverage_G), _idle_directions(slope_NxP)
+    weight_RxN, idle_KxP = bootstrap_weights(data.cluster, resamples, seed, _variance(slope_NxP, data.cluster)), _idle_directions(slope_NxP)
     raw_RxP = _reweighted(form, data.x, y, weight_RxN, rivals_KxP, delta)
     if len(idle_KxP) and len(raw_RxP):
         raw_RxP = _along(form, data.x, y, weight_RxN, raw_RxP, idle_KxP, delta, seed)
-    widen = _widening(clusters, free)
+    widen = _widening(count, clusters, free)
     draws_RxP = raw_RxP if np.isfinite(widen) else raw_RxP[:0]
     intervals, unidentified = _intervals(form, fitted, draws_RxP, len(raw_RxP), clusters, widen, idle_KxP)
     spread_RxP = draws_RxP if len(draws_RxP) > 1 else np.full((2, free), np.nan)
@@ -165,11 +164,10 @@ def refits(form: Form, data: Observations, rows_N: np.ndarray, weight_RxN: np.nd
     return form.natural(np.concatenate([fitted_P[None], again_RxP]))
 
 
-def bootstrap_weights(cluster: np.ndarray, resamples: int, seed: int, leverage_G: np.ndarray | float = 0.0) -> np.ndarray:
-    """Weights of the rows, [R, n], one for each cluster: mean 1, variance 1/(1 − leverage)², exponential without leverage."""
+def bootstrap_weights(cluster: np.ndarray, resamples: int, seed: int, variance_G: np.ndarray | float = 1.0) -> np.ndarray:
+    """Weights of the rows, [R, n], one for each cluster: gamma distributed of mean 1, exponential where the variance is 1."""
     clusters, cluster_N = np.unique(cluster, return_inverse=True)
-    shape = (1 - np.minimum(leverage_G, _MOST_LEVERAGE)) ** 2
-    weight_RxG = np.random.default_rng(seed).gamma(shape, 1 / shape, size=(resamples, len(clusters)))
+    weight_RxG = np.random.default_rng(seed).gamma(1 / np.asarray(variance_G), variance_G, size=(resamples, len(clusters)))
     weight_RxG *= len(clusters) / weight_RxG.sum(axis=1, keepdims=True)
     return weight_RxG[:, cluster_N]
 
@@ -225,11 +223,13 @@ def _reweighted(form, x, y, weight_RxN, rivals_KxP, delta) -> np.ndarray:
     return found.fitted_QxP.reshape(rivals, resamples, -1)[objective_KxR.argmin(axis=0), np.arange(resamples)]
 
 
-def _widening(clusters: int, free: int) -> float:
+def _widening(count: int, clusters: int, free: int) -> float:
     """Of the bootstrap's deviations for few clusters; inf where there are too few for any interval."""
     from scipy.special import stdtrit  # only here: slow to import
 
-    return float(np.sqrt((clusters + 1) / clusters) * stdtrit(clusters - free, (1 + LEVEL) / 2) / _Z) if clusters > free else np.inf
+    if clusters <= free:
+        return np.inf
+    return float(np.sqrt((clusters + 1) / clusters) * stdtrit(min(clusters - 1, count - free), (1 + LEVEL) / 2) / _Z)
 
 
 def _intervals(form, fitted_P, draws_RxP, resamples, clusters, widen, idle_KxP):
@@ -275,11 +275,14 @@ def _slope(form: Form, fitted_P: np.ndarray, x: Mapping[str, np.ndarray]) -> np.
     return np.nan_to_num((ends[: len(steps_PxP)] - ends[len(steps_PxP) :]).T / (2 * np.diag(steps_PxP)))
 
 
-def _leverage(slope_NxP: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    """Of each cluster, how much of its own prediction its observations decide, at most: 0 to 1, [G]."""
+def _variance(slope_NxP: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+    """Of each cluster's weight, [G], by its leverage h, how much of its own prediction its observations decide: of a single point 1/(1 − h)²
+    (HC3); of several, whose h is that of their most decisive combination, 1/(1 − h) (HC2)."""
     basis_NxP, size_P, _ = np.linalg.svd(slope_NxP, full_matrices=False)
     basis_NxP = basis_NxP[:, size_P > 1e-9 * size_P.max()]
-    return np.array([np.linalg.norm(basis_NxP[cluster == one], 2) ** 2 for one in np.unique(cluster)])
+    clusters, rows = np.unique(cluster, return_counts=True)
+    leverage_G = np.array([np.linalg.norm(basis_NxP[cluster == one], 2) ** 2 for one in clusters])
+    return (1 - np.minimum(leverage_G, _MOST_LEVERAGE)) ** np.where(rows == 1, -2.0, -1.0)
 
 
 def _idle_directions(slope_NxP: np.ndarray) -> np.ndarray:
