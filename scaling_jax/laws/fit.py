@@ -276,8 +276,8 @@ def _slope(form: Form, fitted_P: np.ndarray, x: Mapping[str, np.ndarray]) -> np.
 
 
 def _variance(slope_NxP: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    """Of each cluster's weight, [G], by its leverage h, how much of its own prediction its observations decide: of a single point 1/(1 − h)²
-    (HC3); of several, whose h is that of their most decisive combination, 1/(1 − h) (HC2)."""
+    """Of each cluster's weight, [G], by its leverage h, how much of its own prediction its observations decide: 1/(1 − h)² of a single
+    point (HC3); of several, whose h is that of their most decisive combination, 1/(1 − h) (HC2)."""
     basis_NxP, size_P, _ = np.linalg.svd(slope_NxP, full_matrices=False)
     basis_NxP = basis_NxP[:, size_P > 1e-9 * size_P.max()]
     clusters, rows = np.unique(cluster, return_counts=True)
