@@ -126,8 +126,9 @@ def fit(
     fitted, objective, rivals_KxP = _best(form, data.x, y, delta, starts)
     values = dict(zip(form.names, form.natural(fitted).tolist(), strict=True))
     residuals = y - _log_or_plain(form, values, data.x)
-    slope_NxP = _slope(form, fitted, data.x) * np.sqrt(delta / np.maximum(np.abs(residuals), delta))[:, None]
-    weight_RxN, idle_KxP = bootstrap_weights(data.cluster, resamples, seed, _variance(slope_NxP, data.cluster)), _idle_directions(slope_NxP)
+    slope_NxP = _slope(form, fitted, data.x)
+    variance_G = _variance(slope_NxP, data.cluster, np.abs(residuals) <= delta)
+    weight_RxN, idle_KxP = bootstrap_weights(data.cluster, resamples, seed, variance_G), _idle_directions(slope_NxP)
     raw_RxP = _reweighted(form, data.x, y, weight_RxN, rivals_KxP, delta)
     if len(idle_KxP) and len(raw_RxP):
         raw_RxP = _along(form, data.x, y, weight_RxN, raw_RxP, idle_KxP, delta, seed)
@@ -275,13 +276,16 @@ def _slope(form: Form, fitted_P: np.ndarray, x: Mapping[str, np.ndarray]) -> np.
     return np.nan_to_num((ends[: len(steps_PxP)] - ends[len(steps_PxP) :]).T / (2 * np.diag(steps_PxP)))
 
 
-def _variance(slope_NxP: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+def _variance(slope_NxP: np.ndarray, cluster: np.ndarray, squared_N: np.ndarray) -> np.ndarray:
     """Of each cluster's weight, [G], by its leverage h, how much of its own prediction its observations decide: 1/(1 − h)² of a single
-    point (HC3); of several, whose h is that of their most decisive combination, 1/(1 − h) (HC2)."""
+    point (HC3); of several, whose h is that of their most decisive combination, 1/(1 − h) (HC2). Only residuals that count by their square
+    (a mask, [n]) are shrunk by leverage; beyond Huber's δ all pull alike.
+    """
     basis_NxP, size_P, _ = np.linalg.svd(slope_NxP, full_matrices=False)
     basis_NxP = basis_NxP[:, size_P > 1e-9 * size_P.max()]
     clusters, rows = np.unique(cluster, return_counts=True)
     leverage_G = np.array([np.linalg.norm(basis_NxP[cluster == one], 2) ** 2 for one in clusters])
+    leverage_G *= [np.mean(squared_N[cluster == one]) for one in clusters]
     return (1 - np.minimum(leverage_G, _MOST_LEVERAGE)) ** np.where(rows == 1, -2.0, -1.0)
 
 
