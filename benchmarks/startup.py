@@ -4,15 +4,16 @@ python benchmarks/startup.py
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from machine import describe_machine, machine_line
+from reporting import table, write_json
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cpu_demo.py"
 
@@ -25,7 +26,8 @@ def import_seconds() -> float:
 
 def first_step_seconds(workdir: Path, cache: Path) -> float:
     """From the command to the first record of metrics.jsonl, which is written once the first step has run."""
-    command = [sys.executable, "-m", "scaling_jax", "train", f"--config={CONFIG}", f"--workdir={workdir}"]
+    flags = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.logging.every_tokens=0"]
+    command = [sys.executable, "-m", "scaling_jax", "train", *flags]
     started = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"XDG_CACHE_HOME": str(cache)})
     metrics = workdir / "metrics.jsonl"
@@ -45,17 +47,17 @@ def main() -> None:
     parser.add_argument("--json", help="file to write the figures to")
     args = parser.parse_args()
     import_seconds()  # warms the file cache
-    rows = {"import": [import_seconds() for _ in range(args.repeats)], "first step, nothing cached": [], "first step, again": []}
+    found = {"import": [import_seconds() for _ in range(args.repeats)], "first step, nothing cached": [], "first step, again": []}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(args.repeats):
             cache = Path(folder) / f"cache{i}"
-            rows["first step, nothing cached"].append(first_step_seconds(Path(folder) / f"cold{i}", cache))
-            rows["first step, again"].append(first_step_seconds(Path(folder) / f"warm{i}", cache))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.repeats} repeats")
-    for name, seconds in rows.items():
-        print(f"{name:<28}median {statistics.median(seconds):5.1f} s   (from {min(seconds):.1f} to {max(seconds):.1f})")
+            found["first step, nothing cached"].append(first_step_seconds(Path(folder) / f"cold{i}", cache))
+            found["first step, again"].append(first_step_seconds(Path(folder) / f"warm{i}", cache))
+    rows = [{"name": name, "median_s": statistics.median(s), "from_s": min(s), "to_s": max(s)} for name, s in found.items()]
+    print(f"{machine_line(describe_machine())}; {args.repeats} repeats")
+    print(table(rows))
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(args.json, args, rows)
 
 
 if __name__ == "__main__":

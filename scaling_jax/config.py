@@ -16,6 +16,8 @@ from scaling_jax import batch_schedule
 from scaling_jax.errors import UserError
 from scaling_jax.fields import FIELDS
 
+FASTEST = "fastest"  # model.compute_dtype that a run is yet to find
+
 
 def default_config() -> ConfigDict:
     """A ConfigDict with every field at its default. Unknown fields are refused on assignment."""
@@ -178,6 +180,12 @@ def resolve_mesh(config: ConfigDict, device_count: int) -> None:
     if mesh.fsdp == -1:
         others = mesh.replica * mesh.tensor * mesh.member
         mesh.fsdp = max(1, device_count // others)
+
+
+def settle_compute_dtype(config: ConfigDict, dtype: str) -> None:
+    """Replaces model.compute_dtype = 'fastest' by `dtype`, in place: where no run begins, nothing is measured."""
+    if config.model.compute_dtype == FASTEST:
+        config.model.compute_dtype = dtype
 
 
 def validate(config: ConfigDict, device_count: int | None = None) -> None:

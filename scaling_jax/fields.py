@@ -43,7 +43,11 @@ FIELDS: dict[str, Field] = {
     "model.qk_norm": Field(False, "RMSNorm of each head's queries and keys"),
     "model.shared_depth": Field(False, "one block applied depth times, as in a universal transformer"),
     "model.dropout": Field(0.0, "dropout of the embedding, the attention weights and every branch's output", minimum=0, below=1),
-    "model.compute_dtype": Field("float32", "dtype of activations and products", choices=("float32", "bfloat16")),
+    "model.compute_dtype": Field(
+        "float32",
+        "dtype of activations and products; fastest is measured as a run begins, and is the run's from then on",
+        choices=("float32", "bfloat16", "fastest"),
+    ),
     "model.attention": _execution(
         "auto",
         "two products, or a kernel for TPUs that holds no logits; auto is the kernel where it can be",

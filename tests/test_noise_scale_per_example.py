@@ -77,7 +77,7 @@ def test_unembed_gives_float32_logits():
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_large_matrix_is_taken_some_rows_at_a_time(shards, monkeypatch):
     """4 rows of 7 columns at a time where 14 entries are the most: two rows each."""
-    monkeypatch.setattr("scaling_jax.noise_scale.per_example._LARGEST_PRODUCT", 14)
+    monkeypatch.setattr("scaling_jax.noise_scale.sequence_sums._LARGEST_PRODUCT", 14)
     layer = functools.partial(ns.dense, shards=shards)
     plain = functools.partial(jnp.einsum, "bli,io->blo")
     w_IxO = random(0, 4, F)

@@ -1,8 +1,10 @@
 """The search for a layout: which there are, how they are ranked, what is predicted of them, and when a search ends."""
 
+import dataclasses
 import importlib.util
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from scaling_jax import cli
 from scaling_jax.config import default_config, validate
 from scaling_jax.errors import UserError
+from scaling_jax.model import Transformer, TransformerConfig
 from scaling_jax.pods import find as find_lib
 from scaling_jax.pods.chips import parse_topology
 from scaling_jax.pods.compile import DoesNotFit, Memory
@@ -118,8 +121,12 @@ CHUNKED = {"model__mlp": "swiglu", "model__vocab_size": 8192, "model__loss_chunk
 @pytest.mark.parametrize("fields", [{"model__kv_heads": 0}, CHUNKED])
 def test_products_are_those_of_the_traced_step(remat, fields):
     """The traced step has two products with [L, L] forwards and four backwards, which on a TPU are a kernel."""
-    config = a_config(model__remat=remat, model__attention="einsum", model__width=512, **fields)
-    traced = jaxpr_dot_flops(Trainer(config).trace_step(SEQUENCES, bool(config.noise_scale.every)).jaxpr)
+    config = a_config(model__remat=remat, model__attention="einsum", model__width=512, model__compute_dtype="float32", **fields)
+
+    def portable(shape: TransformerConfig, *args: Any, **kwargs: Any) -> Transformer:
+        return Transformer(dataclasses.replace(shape, for_cpu=False), *args, **kwargs)  # on CPU causality leaves products out
+
+    traced = jaxpr_dot_flops(Trainer(config, model=portable).trace_step(SEQUENCES, bool(config.noise_scale.every)).jaxpr)
     assert predicted_flops(config) == pytest.approx(traced, rel=0.02)
 
 

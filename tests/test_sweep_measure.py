@@ -6,6 +6,7 @@ from helpers import small_config
 from scaling_jax.config import flatten
 from scaling_jax.sweep import measure
 from scaling_jax.sweep.measure import Timing, decide_class, decide_dtype, estimate
+from scaling_jax.train import compute_dtype
 
 VALUES = flatten(small_config(noise_scale__every=0))
 
@@ -52,14 +53,16 @@ def test_one_alone_is_not_timed(monkeypatch):
     assert decide_class(VALUES, 1, 16)["members"] == 1 and decide_class(VALUES, 16, 1)["members"] == 1 and not asked
 
 
-def test_the_dtype_that_takes_the_least_time_by_more_than_chance(monkeypatch):
-    def with_seconds(**seconds):
-        monkeypatch.setattr(measure, "time_steps", lambda population: Timing(seconds[population.config.model.compute_dtype], 1))
-        return decide_dtype(VALUES)
+def test_a_study_measures_its_dtype_as_a_run_does(monkeypatch):
+    asked = []
 
-    assert with_seconds(float32=1.0, bfloat16=0.5) == ("bfloat16", {"float32": 1.0, "bfloat16": 0.5})
-    assert with_seconds(float32=1.0, bfloat16=0.97)[0] == "float32"
-    assert with_seconds(float32=1.0, bfloat16=2.0)[0] == "float32"
+    def time_dtypes(config, mesh, hosts):
+        asked.append((config.model.width, config.noise_scale.every, mesh))
+        return {"float32": 1.0, "bfloat16": 0.5}
+
+    monkeypatch.setattr(compute_dtype, "time_dtypes", time_dtypes)
+    monkeypatch.setattr(compute_dtype, "_cpu_flags", lambda: compute_dtype.BFLOAT16_UNITS)
+    assert decide_dtype(VALUES).compute_dtype == "bfloat16" and asked == [(16, 0, None)]
 
 
 def test_classes_that_are_not_measured_are_as_slow_as_their_like_flop_for_flop(monkeypatch):

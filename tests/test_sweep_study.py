@@ -217,6 +217,8 @@ BAD = {
     "two decays": (dict(over=grid.over("schedule.decay_tokens", [5]), decay_fraction=0.5, **WSD), "schedule.decay_tokens in the grid"),
     "dtype": (dict(compute_dtype="bfloat16"), "compute_dtype is 'bfloat16': must be 'fastest'"),
     "two dtypes": (dict(over=grid.over("model.compute_dtype", ["float32"]), compute_dtype="fastest"), "model.compute_dtype in the grid"),
+    "dtype of the base": (dict(fields={"model__compute_dtype": "fastest"}), "with the study's compute_dtype='fastest'"),
+    "dtype in the grid": (dict(over=grid.over("model.compute_dtype", ["float32", "fastest"])), "config.model.compute_dtype is 'fastest'"),
     "cpus": (dict(cpus=0), "cpus is 0: must be an integer, at least 1"),
     "max_members": (dict(max_members=1.5), "max_members is 1.5: must be an integer, at least 1"),
     "tpus": (dict(tpus=-1), "tpus is -1: must be an integer, at least 0"),

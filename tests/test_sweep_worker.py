@@ -13,6 +13,7 @@ from etils import epath
 
 from scaling_jax.errors import UserError
 from scaling_jax.sweep import worker
+from scaling_jax.train.compute_dtype import Choice
 
 # "group" waits until it is asked to stop; "class" for ever; the others say what they were given.
 STUB = """
@@ -159,5 +160,5 @@ def test_tasks_reach_what_does_them(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(measure, "decide_class", lambda *args: {"members": list(args)})
     task = {"do": "class", "values": {"a": 1}, "count": 3, "max_members": 2, "cpus": 1}
     assert worker.perform(task) == {"members": [{"a": 1}, 3, 2, 1]}
-    monkeypatch.setattr(measure, "decide_dtype", lambda values: ("bfloat16", {"float32": 2.0}))
-    assert worker.perform({"do": "dtype", "values": {}}) == {"compute_dtype": "bfloat16", "seconds": {"float32": 2.0}}
+    monkeypatch.setattr(measure, "decide_dtype", lambda values: Choice("bfloat16", {"float32": 2.0}, "why"))
+    assert worker.perform({"do": "dtype", "values": {}}) == {"compute_dtype": "bfloat16", "seconds": {"float32": 2.0}, "why": "why"}

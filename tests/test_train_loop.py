@@ -76,6 +76,35 @@ def test_a_run_cut_into_pieces_is_the_same_run(tmp_path):
         assert without_timings(read_records(tmp_path / "cut")) == without_timings(read_records(tmp_path / "whole"))
 
 
+def at_each_dispatch(monkeypatch, act):
+    """Calls `act` with the number of each step just before it is dispatched."""
+    step = loop.profile.StepTraces.step
+    monkeypatch.setattr(loop.profile.StepTraces, "step", lambda self, f, number, *args: act(number) or step(self, f, number, *args))
+
+
+def test_steps_are_recorded_by_the_dozen_and_before_an_evaluation_of_theirs(tmp_path, monkeypatch):
+    found = []
+    at_each_dispatch(monkeypatch, lambda number: found.append(len(training(tmp_path / "run"))))
+    monkeypatch.setattr(loop, "RECORDS_AT_ONCE", 4)
+    monkeypatch.setattr(loop, "RECORD_SECONDS", float("inf"))
+    train(small_config(train__tokens=14 * STEP, eval__every_tokens=11 * STEP), tmp_path / "run")
+    # The step before is still running, so that n - 2 are done as step n is dispatched; the 11th step is evaluated, and all are written.
+    assert found == [0, 0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 11, 11, 11]
+    order = [(r["tokens"], "loss" not in r) for r in read_records(tmp_path / "run")]
+    assert order == sorted(order) and len(order) == 16
+
+
+def test_an_error_leaves_the_records_of_the_steps_before_it(tmp_path, monkeypatch):
+    def fail(number):
+        if number == 9:
+            raise RuntimeError("at step 9")
+
+    at_each_dispatch(monkeypatch, fail)
+    with pytest.raises(RuntimeError, match="at step 9"):
+        train(small_config(), tmp_path / "run")
+    assert [r["step"] for r in training(tmp_path / "run")] == list(range(1, 8))  # the 8th was on its way
+
+
 def test_measuring_at_every_third_step_leaves_the_others_without_noise_keys(tmp_path):
     train(small_config(noise_scale__every=3), tmp_path / "run")
     measured = [r["step"] for r in training(tmp_path / "run") if "grad_sq_step" in r]

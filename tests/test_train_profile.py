@@ -43,6 +43,7 @@ def at_step(monkeypatch, number, act):
             act()
 
     monkeypatch.setattr(MetricsWriter, "write", acting)
+    monkeypatch.setattr("scaling_jax.train.loop.RECORDS_AT_ONCE", 1)
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,7 @@ def at_step(monkeypatch, number, act):
             act()
 
     monkeypatch.setattr(MetricsWriter, "write", acting)
+    monkeypatch.setattr("scaling_jax.train.loop.RECORDS_AT_ONCE", 1)
 
 
 def test_a_run_through_an_error_and_a_kill_is_one_run_without_gaps(tmp_path, wandb, monkeypatch):

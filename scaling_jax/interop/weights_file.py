@@ -82,7 +82,7 @@ def save_safetensors(
         config, multipliers, tensors = folded(config, multipliers, tensors)
     header = {
         "scaling_jax": VERSION,
-        "config": json.dumps(dataclasses.asdict(config)),
+        "config": json.dumps({name: value for name, value in dataclasses.asdict(config).items() if name != "for_cpu"}),
         "multipliers": json.dumps(multipliers._asdict()),
     }
     _write(Path(path), tensors, dict(metadata or {}) | header)

@@ -10,6 +10,7 @@ from scaling_jax.config import mlp_width
 from scaling_jax.mesh import constrain
 from scaling_jax.model.attention import causal_attention, splash_attention
 from scaling_jax.model.cache import Cache
+from scaling_jax.model.cpu import CPU_ACTIVATIONS, blocked_attention
 from scaling_jax.model.layers import ACTIVATIONS, NO_DROPOUT, Dropout, rms_norm, rotary
 from scaling_jax.model.shape import TransformerConfig
 from scaling_jax.model.weights import OwnWeights, Weights, place_input
@@ -90,7 +91,7 @@ class Block(nnx.Module):
             q_BxHxLxK, k_BxGxLxK = weights.gain("query_gain", rms_norm(q_BxHxLxK)), weights.gain("key_gain", rms_norm(k_BxGxLxK))
         start = 0 if cache is None else cache.length
         if self.config.positions == "rotary":
-            q_BxHxLxK, k_BxGxLxK = (rotary(x, self.config.rope_theta, start) for x in (q_BxHxLxK, k_BxGxLxK))
+            q_BxHxLxK, k_BxGxLxK = (rotary(x, self.config.rope_theta, start, self.config.for_cpu) for x in (q_BxHxLxK, k_BxGxLxK))
         tap("q", q_BxHxLxK), tap("k", k_BxGxLxK), tap("v", v_BxGxLxK)
         if tap is not no_tap:
             k_BxHxLxK = jnp.repeat(k_BxGxLxK, self.config.heads // k_BxGxLxK.shape[1], axis=1)
@@ -99,7 +100,9 @@ class Block(nnx.Module):
         if cache is not None:
             cache = cache.append(k_BxGxLxK, v_BxGxLxK)
             k_BxGxLxK, v_BxGxLxK = cache.k_BxGxMxK, cache.v_BxGxMxK
-        if self.config.attention == "einsum" or cache is not None:
+        if self.config.for_cpu and self.config.attention == "einsum" and cache is None and (drop.keys_B is None or not drop.rate):
+            y_BxHxLxK = blocked_attention(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, self.attention_scale, self.config.compute_dtype)
+        elif self.config.attention == "einsum" or cache is not None:
             y_BxHxLxK = causal_attention(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, self.attention_scale, start, lambda weights: drop(weights, 0))
         else:
             interpret = self.config.attention == "splash_interpreted"
@@ -110,7 +113,7 @@ class Block(nnx.Module):
         return y_BxLxD, cache
 
     def feed_forward(self, x_BxLxD: Array, weights: Weights, tap: Tap = no_tap) -> Array:
-        activation = ACTIVATIONS[self.config.mlp]
+        activation = (CPU_ACTIVATIONS if self.config.for_cpu else ACTIVATIONS)[self.config.mlp]
         gated = self.config.mlp == "swiglu"
         hs_BxLxF = weights.project(("mlp_in", "mlp_gate") if gated else ("mlp_in",), "mlp", x_BxLxD)
         h_BxLxF = activation(hs_BxLxF[-1]) * hs_BxLxF[0] if gated else activation(hs_BxLxF[0])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -22,13 +23,17 @@ def rms_norm(x_BxLxD: Array) -> Array:
     return (x32_BxLxD * jax.lax.rsqrt(mean_sq_BxLx1 + 1e-6)).astype(x_BxLxD.dtype)
 
 
-def rotary(x_BxHxLxK: Array, theta: float, start: Array | int = 0) -> Array:
-    """Rotates the two halves of each head by angles that grow with the position, from `start` on (Su et al. 2021), in float32."""
-    half = x_BxHxLxK.shape[-1] // 2
-    wavelength_K = theta ** (jnp.arange(half, dtype=jnp.float32) / half)
-    position_L = (jnp.arange(x_BxHxLxK.shape[2]) + start).astype(jnp.float32)
+def rotary(x_BxHxLxK: Array, theta: float, start: Array | int = 0, for_cpu: bool = False) -> Array:
+    """Rotates the two halves of each head by angles that grow with the position, from `start` on (Su et al. 2021), in float32.
+
+    For XLA's CPU backend, which would compute them anew for every head of every sequence, cosines and sines are constants.
+    """
+    half, length = x_BxHxLxK.shape[-1] // 2, x_BxHxLxK.shape[2]
+    at = np if for_cpu and isinstance(start, int) else jnp
+    wavelength_K = at.float32(theta) ** (at.arange(half, dtype=at.float32) / at.float32(half))
+    position_L = (at.arange(length) + start).astype(at.float32)
     angle_LxK = position_L[:, None] / wavelength_K[None, :]
-    cos_LxK, sin_LxK = jnp.cos(angle_LxK)[None, None], jnp.sin(angle_LxK)[None, None]
+    cos_LxK, sin_LxK = at.cos(angle_LxK)[None, None], at.sin(angle_LxK)[None, None]
     a, b = jnp.split(x_BxHxLxK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos_LxK - b * sin_LxK, b * cos_LxK + a * sin_LxK], axis=-1).astype(x_BxHxLxK.dtype)
 

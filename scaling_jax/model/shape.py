@@ -9,7 +9,11 @@ from scaling_jax.fields import FIELDS
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Shape of the model. Units and meanings as in `scaling_jax.fields.FIELDS`, section model."""
+    """Shape of the model. Units and meanings as in `scaling_jax.fields.FIELDS`, section model.
+
+    With `for_cpu` the same function is written as XLA's CPU backend runs it fast (`scaling_jax.model.cpu`, `scaling_jax.model.stack`); it
+    has no forward-mode derivatives then, and of products only the operands are in compute_dtype.
+    """
 
     vocab_size: int
     width: int
@@ -31,6 +35,7 @@ class TransformerConfig:
     attention: str = "einsum"
     remat: str = "none"
     loss_chunk_tokens: int = 0
+    for_cpu: bool = False
 
     def __post_init__(self):
         if self.width % self.head_dim:
@@ -48,6 +53,11 @@ class TransformerConfig:
             value, choices = getattr(self, name), kernels if name == "attention" else FIELDS[f"model.{name}"].choices
             if value not in choices:
                 raise UserError(f"{name} is {value!r}: must be one of {', '.join(choices)}")
+
+    @property
+    def activation_dtype(self) -> str:
+        """Of what lies between products. On CPU only their operands are rounded: each rounding takes as long as the arithmetic does."""
+        return "float32" if self.for_cpu else self.compute_dtype
 
     @property
     def heads(self) -> int:

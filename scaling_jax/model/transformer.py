@@ -20,6 +20,7 @@ from scaling_jax.model.cache import Cache
 from scaling_jax.model.layers import Dropout, rms_norm
 from scaling_jax.model.lookup import look_up
 from scaling_jax.model.shape import TransformerConfig
+from scaling_jax.model.stack import MOST_WRITTEN_OUT, loop, written_out
 from scaling_jax.model.weights import PROJECTION, OwnWeights, Probe, SharedWeights, open_block, place_input, place_output, value_of
 from scaling_jax.noise_scale import embed, embed_tied, per_sequence, readout_losses, scale, token_losses, unembed, unembed_tied
 from scaling_jax.parameters import Parameters
@@ -82,7 +83,7 @@ class Transformer(nnx.Module):
         """An empty cache for `extend`, of `context` tokens."""
         config = self.config
         shape = (config.depth, batch, config.kv_width // config.head_dim, config.context, config.head_dim)
-        return Cache(*(jnp.zeros(shape, config.compute_dtype) for _ in range(2)), jnp.int32(0))
+        return Cache(*(jnp.zeros(shape, config.activation_dtype) for _ in range(2)), jnp.int32(0))
 
     def __call__(
         self,
@@ -93,15 +94,16 @@ class Transformer(nnx.Module):
         dropout_keys_B: Array | None = None,
     ) -> Array:
         h_BxLxD, carrier_BxLxD, _ = self._hidden(tokens_BxL, probe, tap, metric, dropout_keys_B)
-        shards = shards_of("embed", "vocab")
+        of_products = {"shards": shards_of("embed", "vocab"), "dtype": self.config.compute_dtype}
         if not self.config.tied_embeddings:
             probe_B, metric_DxV = self._read_out_probe(probe), value_of(metric, "unembedding")
-            logits_BxLxV = unembed(h_BxLxD, self.unembedding[...], probe_B, metric_DxV, shards=shards)
+            logits_BxLxV = unembed(h_BxLxD, self.unembedding[...], probe_B, metric_DxV, **of_products)
         elif carrier_BxLxD is None:
-            logits_BxLxV = unembed(h_BxLxD, self.embedding[...].T, shards=shards)
+            logits_BxLxV = unembed(h_BxLxD, self.embedding[...].T, **of_products)
         else:
             of_table = carrier_BxLxD, probe["embedding"], value_of(metric, "embedding")
-            logits_BxLxV = unembed_tied(h_BxLxD, self.embedding[...], tokens_BxL, *of_table, shards=shards)
+            h_BxLxD = h_BxLxD.astype(self.config.compute_dtype)
+            logits_BxLxV = unembed_tied(h_BxLxD, self.embedding[...], tokens_BxL, *of_table, shards=of_products["shards"])
         tap("logits", logits_BxLxV)
         return place_output(logits_BxLxV, "vocab")
 
@@ -118,6 +120,7 @@ class Transformer(nnx.Module):
         if not chunk or tokens_BxL.size // batch_shards() <= chunk:
             return token_losses(self(tokens_BxL, probe, metric=metric, dropout_keys_B=dropout_keys_B), targets_BxL)
         h_BxLxD, carrier_BxLxD, _ = self._hidden(tokens_BxL, probe, no_tap, metric, dropout_keys_B)
+        h_BxLxD = h_BxLxD.astype(self.config.compute_dtype)
         name = "embedding" if self.config.tied_embeddings else "unembedding"
         w_DxV, metric_DxV = (
             None if w is None else w.T if self.config.tied_embeddings else w for w in (value_of(self, name), value_of(metric, name))
@@ -132,7 +135,8 @@ class Transformer(nnx.Module):
     def extend(self, tokens_BxL: Array, cache: Cache) -> tuple[Array, Cache]:
         """Logits [B, L, V] of tokens that follow those in the cache, and the cache with them; together at most `context` tokens."""
         h_BxLxD, _, cache = self._hidden(tokens_BxL, cache=cache)
-        return unembed(h_BxLxD, self.embedding[...].T if self.config.tied_embeddings else self.unembedding[...]), cache
+        w_DxV = self.embedding[...].T if self.config.tied_embeddings else self.unembedding[...]
+        return unembed(h_BxLxD, w_DxV, dtype=self.config.compute_dtype), cache
 
     def _read_out_probe(self, probe: Probe | None) -> Array | None:
         return None if probe is None else probe.get("unembedding", probe["embedding"])
@@ -160,7 +164,7 @@ class Transformer(nnx.Module):
     def _embed(
         self, tokens_BxL: Array, probe: Probe | None, metric: "Transformer | None", start: Array | int
     ) -> tuple[Array, Array | None]:
-        dtype = jnp.dtype(self.config.compute_dtype)
+        dtype = jnp.dtype(self.config.activation_dtype)
         probe_B, metric_VxD, carrier_BxLxD = None if probe is None else probe["embedding"], value_of(metric, "embedding"), None
         of_mesh = {"dtype": dtype, "look_up": look_up, "shards": batch_shards()}
         if self.config.tied_embeddings and probe is not None:
@@ -210,10 +214,13 @@ class Transformer(nnx.Module):
             x_BxLxD, read = block(x_BxLxD, weights, collect, drop.fold(index), read)
             return x_BxLxD, (activations, read and read[:2])
 
+        through = written_out if config.for_cpu and config.depth <= MOST_WRITTEN_OUT else loop
         if config.remat != "none":
-            block = jax.checkpoint(block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
+            # Written out, XLA would find that the backward pass computes what the forward pass did, and keep that.
+            block, through = jax.checkpoint(block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False), loop
         kv = None if cache is None else cache[:2]
-        x_BxLxD, (stacked, kv) = jax.lax.scan(block, x_BxLxD, (layers, probes, metrics, kv, jnp.arange(config.depth)))
+        of_layers = layers, probes, metrics, kv, jnp.arange(config.depth)
+        x_BxLxD, (stacked, kv) = through(block, x_BxLxD, of_layers)
         for kind, activation in stacked.items():
             tap(kind, activation)
         return x_BxLxD, None if cache is None else Cache(*kv, cache.length + x_BxLxD.shape[1])

@@ -77,9 +77,8 @@ class OwnWeights:
     def project(self, names: tuple[str, ...], axis: str, x_BxLxI: Array) -> list[Array]:
         ws_IxO = [value_of(self.block, name) for name in names]
         metrics_IxO = None if self.metric is None else [value_of(self.metric, name) for name in names]
-        ys_BxLxO = dense_many(
-            x_BxLxI, ws_IxO, self._probe(names[0]), metrics_IxO, shards=_shards(self.block, names[0]), joined=on_one_device()
-        )
+        of_products = {"shards": _shards(self.block, names[0]), "dtype": self.block.config.compute_dtype, "joined": on_one_device()}
+        ys_BxLxO = dense_many(x_BxLxI, ws_IxO, self._probe(names[0]), metrics_IxO, **of_products)
         ys_BxLxO = (self._bias(f"{name}_bias", place_output(y_BxLxO, axis)) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True))
         return [checkpoint_name(y_BxLxO, PROJECTION) for y_BxLxO in ys_BxLxO]
 
@@ -102,7 +101,9 @@ class SharedWeights:
         self.block, self.uses, self.copies = block, uses, copies
 
     def project(self, names: tuple[str, ...], axis: str, x_BxLxI: Array) -> list[Array]:
+        given, x_BxLxI = x_BxLxI.dtype, x_BxLxI.astype(self.block.config.compute_dtype)
         ys_BxLxO = (use(x_BxLxI, value_of(self.block, name), self.uses[name], shards=_shards(self.block, name)) for name in names)
+        ys_BxLxO = (y_BxLxO.astype(given) for y_BxLxO in ys_BxLxO)
         ys_BxLxO = (self._bias(f"{name}_bias", place_output(y_BxLxO, axis)) for name, y_BxLxO in zip(names, ys_BxLxO, strict=True))
         return [checkpoint_name(y_BxLxO, PROJECTION) for y_BxLxO in ys_BxLxO]
 

@@ -32,9 +32,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from scaling_jax.noise_scale.shards import Shards, as_shards, by_shard, check_shards, over_shards
-
-_LARGEST_PRODUCT = 1 << 24  # entries of one sequence's product that are held at a time: 64 MB
+from scaling_jax.noise_scale.products import Dtypes, input_gradient, product
+from scaling_jax.noise_scale.sequence_sums import squares, sum_of_products
+from scaling_jax.noise_scale.shards import Shards, as_shards, by_shard, check_shards
 
 
 def dense(
@@ -44,24 +44,26 @@ def dense(
     metric_IxO: Array | None = None,
     *,
     shards: int | Shards = 1,
+    dtype: jnp.dtype | None = None,
     out_dtype: jnp.dtype | None = None,
 ) -> Array:
-    """y = x·W, computed in the dtype of x; with a probe the gradient of W is summed in float32.
+    """y = x·W of operands in `dtype`; with a probe the gradient of W is summed in float32.
 
-    Without one it is what autodiff makes of it: summed in float32 and rounded to the dtype of x.
+    Without one it is what autodiff makes of it: summed in float32 and rounded to `dtype`.
 
     Args:
       x_BxLxI: inputs.
-      w_IxO: weights, float32; cast to the dtype of x for the product.
-      probe_B: float32 zeros, or None for the plain layer (which then also has forward-mode and second derivatives).
+      w_IxO: weights, float32.
+      probe_B: float32 zeros, or None for the plain layer (which in float32 also has forward-mode and second derivatives).
       metric_IxO: P, not negative, of any float dtype; the probe is then [B, 2].
       shards: devices that shard the batch; divides B.
+      dtype: that x, W and dy are cast to for the products; default that of x.
       out_dtype: of y; default that of x. Logits are wanted in float32.
 
     Returns:
       y_BxLxO. The cotangent of probe_B is ‖x_bᵀ·dy_b‖².
     """
-    return _plain_or_probed(x_BxLxI, w_IxO, probe_B, None if metric_IxO is None else (metric_IxO,), shards, out_dtype)
+    return _plain_or_probed(x_BxLxI, w_IxO, probe_B, None if metric_IxO is None else (metric_IxO,), shards, dtype, out_dtype)
 
 
 def dense_many(
@@ -71,6 +73,7 @@ def dense_many(
     metrics_IxO: Sequence[Array] | None = None,
     *,
     shards: int | Shards = 1,
+    dtype: jnp.dtype | None = None,
     joined: bool,
 ) -> list[Array]:
     """[dense(x, w, probe) for each w], as one wide product if `joined`: fewer and larger products, which pays on one device.
@@ -79,105 +82,41 @@ def dense_many(
     """
     if not joined or len(ws_IxO) == 1:
         metrics_IxO = metrics_IxO or [None] * len(ws_IxO)
-        return [dense(x_BxLxI, w_IxO, probe_B, p_IxO, shards=shards) for w_IxO, p_IxO in zip(ws_IxO, metrics_IxO, strict=True)]
+        return [dense(x_BxLxI, w_IxO, probe_B, p_IxO, shards=shards, dtype=dtype) for w_IxO, p_IxO in zip(ws_IxO, metrics_IxO, strict=True)]
     metrics_IxO = None if metrics_IxO is None else tuple(metrics_IxO)  # joined in the backward pass: the forward would keep them twice
-    y_BxLxO = _plain_or_probed(x_BxLxI, jnp.concatenate(ws_IxO, axis=1), probe_B, metrics_IxO, shards, None)
+    y_BxLxO = _plain_or_probed(x_BxLxI, jnp.concatenate(ws_IxO, axis=1), probe_B, metrics_IxO, shards, dtype, None)
     ends = list(itertools.accumulate(w_IxO.shape[1] for w_IxO in ws_IxO))
     return jnp.split(y_BxLxO, ends[:-1], axis=2)
 
 
-def _plain_or_probed(x_BxLxI, w_IxO, probe_B, metrics_IxO, shards, out_dtype):
-    shards = as_shards(shards)
+def _plain_or_probed(x_BxLxI, w_IxO, probe_B, metrics_IxO, shards, dtype, out_dtype):
+    shards, dtypes = as_shards(shards), Dtypes.of(x_BxLxI, dtype, out_dtype)
     if probe_B is None:
-        return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards, out_dtype)
+        return product(x_BxLxI, w_IxO, shards, dtypes)
     check_shards(x_BxLxI.shape[0], shards)
     _check_probe(probe_B, metrics_IxO)
-    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metrics_IxO)
-
-
-def _product(x_BxLxI: Array, w_IxO: Array, shards: Shards, out_dtype: jnp.dtype | None = None) -> Array:
-    """x·W. Where nothing is sharded B and L are one axis, since XLA's CPU backend is slow at the gradient of the other form."""
-    if shards.count > 1:
-        return jnp.einsum("bli,io->blo", x_BxLxI, w_IxO, preferred_element_type=out_dtype)
-    y_MxO = jnp.matmul(x_BxLxI.reshape(-1, x_BxLxI.shape[2]), w_IxO, preferred_element_type=out_dtype)
-    return y_MxO.reshape(*x_BxLxI.shape[:2], -1)
+    return _dense(shards, dtypes, x_BxLxI, w_IxO, probe_B, metrics_IxO)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metrics_IxO):
-    return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards, out_dtype)
+def _dense(shards, dtypes, x_BxLxI, w_IxO, probe_B, metrics_IxO):
+    return product(x_BxLxI, w_IxO, shards, dtypes)
 
 
-def _dense_fwd(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metrics_IxO):
-    return _dense(shards, out_dtype, x_BxLxI, w_IxO, probe_B, metrics_IxO), (x_BxLxI, w_IxO, metrics_IxO)
+def _dense_fwd(shards, dtypes, x_BxLxI, w_IxO, probe_B, metrics_IxO):
+    return _dense(shards, dtypes, x_BxLxI, w_IxO, probe_B, metrics_IxO), (x_BxLxI.astype(dtypes.operands), w_IxO, metrics_IxO)
 
 
-def _dense_bwd(shards, out_dtype, residuals, dy_BxLxO):
+def _dense_bwd(shards, dtypes, residuals, dy_BxLxO):
     x_BxLxI, w_IxO, metrics_IxO = residuals
     metric_IxO = None if metrics_IxO is None else jnp.concatenate(metrics_IxO, axis=1)
-    dy_BxLxO = dy_BxLxO.astype(x_BxLxI.dtype)
-    dx_BxLxI = _product(dy_BxLxO, w_IxO.T.astype(x_BxLxI.dtype), shards)
-    dw_IxO, sq_norms_B = _sum_of_products(x_BxLxI, dy_BxLxO, metric_IxO, shards=shards)
+    dy_BxLxO = dy_BxLxO.astype(dtypes.operands)
+    dx_BxLxI = input_gradient(dy_BxLxO, w_IxO, shards, dtypes.x)
+    dw_IxO, sq_norms_B = sum_of_products(x_BxLxI, dy_BxLxO, metric_IxO, shards=shards)
     return dx_BxLxI, dw_IxO.astype(w_IxO.dtype), sq_norms_B, None
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)
-
-
-def _sum_of_products(x_BxLxI: Array, dy_BxLxO: Array, metric_IxO: Array | None, *, shards: Shards) -> tuple[Array, Array]:
-    """C = Σ_b x_bᵀ·dy_b and the squares of each C_b, float32; of a large matrix with O ≥ I, a readout's, some rows at a time.
-
-    Rows and not columns, as it is the columns of such a matrix that lie across devices.
-    """
-    if shards.run is not None:
-        return shards.run(partial(_sum_of_products, shards=Shards()), x_BxLxI, dy_BxLxO, metric_IxO)
-    (_, length, rows), columns = x_BxLxI.shape, dy_BxLxO.shape[2]
-    fitting = (n for n in range(1, rows + 1) if rows % n == 0 and rows // n * columns <= _LARGEST_PRODUCT)
-    tiles = next(fitting, 1) if columns >= rows else 1
-    if tiles == 1:
-        product_DxIxO, sq_norms_B = _sum_by_sequence(x_BxLxI, dy_BxLxO, shards, metric_IxO)
-        return over_shards(product_DxIxO, shards, x_BxLxI.dtype), sq_norms_B
-    x_TxBxLxI = jnp.moveaxis(x_BxLxI.reshape(-1, length, tiles, rows // tiles), 2, 0)
-    metric_TxIxO = None if metric_IxO is None else metric_IxO.reshape(tiles, -1, columns)
-
-    def add(sq_norms_B, tile):
-        product_DxIxO, more_B = _sum_by_sequence(tile[0], dy_BxLxO, shards, tile[1])
-        return sq_norms_B + more_B, product_DxIxO
-
-    zeros_B = jnp.zeros(x_BxLxI.shape[:1] + (() if metric_IxO is None else (2,)), jnp.float32)
-    sq_norms_B, products_TxDxIxO = jax.lax.scan(add, zeros_B, (x_TxBxLxI, metric_TxIxO))
-    products_DxIxO = products_TxDxIxO.swapaxes(0, 1).reshape(shards.count, rows, columns)
-    return over_shards(products_DxIxO, shards, x_BxLxI.dtype), sq_norms_B
-
-
-def _sum_by_sequence(x_BxLxI: Array, dy_BxLxO: Array, shards: Shards, metric_IxO: Array | None) -> tuple[Array, Array]:
-    """The same, one sequence of each shard at a time; C is that of each shard, [shards, I, O]."""
-    if shards.count == 1:  # XLA's CPU backend is faster at products of two dimensions than of three
-
-        def add_one(total_IxO, x_and_dy):
-            product_IxO = jnp.einsum("li,lo->io", *x_and_dy, preferred_element_type=jnp.float32)
-            return total_IxO + product_IxO, _squares(product_IxO, metric_IxO)
-
-        zeros_IxO = jnp.zeros((x_BxLxI.shape[2], dy_BxLxO.shape[2]), jnp.float32)
-        total_IxO, sq_norms_B = jax.lax.scan(add_one, zeros_IxO, (x_BxLxI, dy_BxLxO))
-        return total_IxO[None], sq_norms_B
-
-    x_NxDxLxI, dy_NxDxLxO = by_shard(x_BxLxI, shards), by_shard(dy_BxLxO, shards)
-
-    def add(total_DxIxO, x_and_dy):
-        product_DxIxO = jnp.einsum("dli,dlo->dio", *x_and_dy, preferred_element_type=jnp.float32)
-        return total_DxIxO + product_DxIxO, jax.vmap(_squares, in_axes=(0, None))(product_DxIxO, metric_IxO)
-
-    zeros_DxIxO = jnp.zeros((shards.count, x_BxLxI.shape[2], dy_BxLxO.shape[2]), jnp.float32)
-    total_DxIxO, sq_norms_NxD = jax.lax.scan(add, zeros_DxIxO, (x_NxDxLxI, dy_NxDxLxO))
-    return total_DxIxO, sq_norms_NxD.swapaxes(0, 1).reshape(-1, *sq_norms_NxD.shape[2:])
-
-
-def _squares(product: Array, metric: Array | None) -> Array:
-    """Σ C² of one sequence; with a metric [Σ C², Σ P·C²]."""
-    square = jnp.sum(jnp.square(product))
-    # Not the square times P: XLA's CPU backend would write it down for both sums.
-    return square if metric is None else jnp.stack([square, jnp.sum(product * (product * metric.astype(jnp.float32)))])
 
 
 def _check_probe(probe_B: Array, metric: Any) -> None:
@@ -206,7 +145,7 @@ def _scale_fwd(x_BxLxD, gain_D, probe_B, metric_D):
 def _scale_bwd(residuals, dy_BxLxD):
     x_BxLxD, gain_D, metric_D = residuals
     product_BxD = jnp.sum(dy_BxLxD.astype(jnp.float32) * x_BxLxD.astype(jnp.float32), axis=1)
-    sq_norms_B = jax.vmap(_squares, in_axes=(0, None))(product_BxD, metric_D)
+    sq_norms_B = jax.vmap(squares, in_axes=(0, None))(product_BxD, metric_D)
     return dy_BxLxD * gain_D.astype(dy_BxLxD.dtype)[None, None], product_BxD.sum(0).astype(gain_D.dtype), sq_norms_B, None
 
 
@@ -233,7 +172,7 @@ def _bias_fwd(x_BxLxD, bias_D, probe_B, metric_D):
 def _bias_bwd(residuals, dy_BxLxD):
     bias_D, metric_D = residuals
     sum_BxD = jnp.sum(dy_BxLxD.astype(jnp.float32), axis=1)
-    sq_norms_B = jax.vmap(_squares, in_axes=(0, None))(sum_BxD, metric_D)
+    sq_norms_B = jax.vmap(squares, in_axes=(0, None))(sum_BxD, metric_D)
     return dy_BxLxD, sum_BxD.sum(0).astype(bias_D.dtype), sq_norms_B, None
 
 
@@ -329,10 +268,16 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 def unembed(
-    h_BxLxD: Array, w_DxV: Array, probe_B: Array | None = None, metric_DxV: Array | None = None, *, shards: int | Shards = 1
+    h_BxLxD: Array,
+    w_DxV: Array,
+    probe_B: Array | None = None,
+    metric_DxV: Array | None = None,
+    *,
+    shards: int | Shards = 1,
+    dtype: jnp.dtype | None = None,
 ) -> Array:
     """Logits h·W of a readout of its own, float32 whatever the dtype of h: `dense` under the name that one looks for."""
-    return dense(h_BxLxD, w_DxV, probe_B, metric_DxV, shards=shards, out_dtype=jnp.float32)
+    return dense(h_BxLxD, w_DxV, probe_B, metric_DxV, shards=shards, dtype=dtype, out_dtype=jnp.float32)
 
 
 def unembed_tied(
@@ -367,7 +312,7 @@ def unembed_tied(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _unembed_tied(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B, metric_VxD):
-    return _product(h_BxLxD, table_VxD.T.astype(h_BxLxD.dtype), shards, jnp.float32)
+    return product(h_BxLxD, table_VxD.T, shards, Dtypes.of(h_BxLxD, None, jnp.float32))
 
 
 def _unembed_tied_fwd(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, probe_B, metric_VxD):
@@ -378,9 +323,9 @@ def _unembed_tied_fwd(shards, h_BxLxD, table_VxD, tokens_BxL, carrier_BxLxD, pro
 def _unembed_tied_bwd(shards, residuals, dlogits_BxLxV):
     h_BxLxD, table_VxD, tokens_BxL, metric_VxD = residuals
     dlogits_BxLxV = dlogits_BxLxV.astype(h_BxLxD.dtype)
-    dh_BxLxD = _product(dlogits_BxLxV, table_VxD.astype(h_BxLxD.dtype), shards)
+    dh_BxLxD = product(dlogits_BxLxV, table_VxD, shards, Dtypes.of(dlogits_BxLxV, None, None))
     metric_DxV = None if metric_VxD is None else metric_VxD.T
-    dtable_DxV, sq_norms_B = _sum_of_products(h_BxLxD, dlogits_BxLxV, metric_DxV, shards=shards)
+    dtable_DxV, sq_norms_B = sum_of_products(h_BxLxD, dlogits_BxLxV, metric_DxV, shards=shards)
     read_BxMxL = jnp.take_along_axis(dlogits_BxLxV, tokens_BxL[:, None, :], axis=2)
     u_BxLxD = jnp.einsum("bml,bmd->bld", read_BxMxL, h_BxLxD, preferred_element_type=jnp.float32)
     return dh_BxLxD, dtable_DxV.T.astype(table_VxD.dtype), None, u_BxLxD.astype(h_BxLxD.dtype), sq_norms_B, None

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from scaling_jax.noise_scale.per_example import _check_probe, _squares
+from scaling_jax.noise_scale.per_example import _check_probe
+from scaling_jax.noise_scale.sequence_sums import squares
 from scaling_jax.noise_scale.shards import Shards, as_shards, by_shard, check_shards, over_shards
 
 
@@ -131,7 +132,7 @@ def _losses_bwd(piece, shards, probed, residuals, dlosses_BxL):
             return total_SxDxV, (dh, None, None)
         (product_SxDxV, u_SxLxD), dh = jax.lax.scan(add, (zeros_SxDxV, u_SxLxD), slices)
         u_SxLxD = None if u_SxLxD is None else u_SxLxD.astype(h_BxLxD.dtype)  # as the carrier is
-        return total_SxDxV + product_SxDxV, (dh, u_SxLxD, jax.vmap(_squares, in_axes=(0, None))(product_SxDxV, metric_DxV))
+        return total_SxDxV + product_SxDxV, (dh, u_SxLxD, jax.vmap(squares, in_axes=(0, None))(product_SxDxV, metric_DxV))
 
     total_SxDxV, (dh, u_NxSxLxD, sq_norms_NxS) = jax.lax.scan(sequence, zeros_SxDxV, (inputs, tokens_NxSxL))
     dh_BxLxD = _whole(dh, h_BxLxD.shape)

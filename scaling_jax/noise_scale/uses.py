@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from scaling_jax.noise_scale.per_example import _check_probe, _product, _squares, _sum_of_products
+from scaling_jax.noise_scale.per_example import _check_probe
+from scaling_jax.noise_scale.products import Dtypes, input_gradient, product
+from scaling_jax.noise_scale.sequence_sums import squares, sum_of_products
 from scaling_jax.noise_scale.shards import Shards, as_shards, by_shard, check_shards, over_shards
 
 
@@ -31,7 +33,7 @@ def _per_sequence_fwd(shards, param, probe_B, metric):
 
 def _per_sequence_bwd(shards, metric, dcopies):
     total = over_shards(by_shard(dcopies, shards).sum(0), shards, dcopies.dtype)
-    return total.astype(dcopies.dtype), jax.vmap(_squares, in_axes=(0, None))(dcopies, metric), None
+    return total.astype(dcopies.dtype), jax.vmap(squares, in_axes=(0, None))(dcopies, metric), None
 
 
 _per_sequence.defvjp(_per_sequence_fwd, _per_sequence_bwd)
@@ -89,7 +91,7 @@ def _open_uses_fwd(uses, length, dtype, shards, w_IxO, probe_B, metric_IxO):
 def _open_uses_bwd(uses, length, dtype, shards, metric_IxO, cotangent):
     # Uses one after another along the length: then it is a layer that was used once.
     x_BxLxI, dy_BxLxO = (c.swapaxes(0, 1).reshape(c.shape[1], uses * length, -1) for c in cotangent)
-    return *_sum_of_products(x_BxLxI, dy_BxLxO, metric_IxO, shards=shards), None
+    return *sum_of_products(x_BxLxI, dy_BxLxO, metric_IxO, shards=shards), None
 
 
 _open_uses.defvjp(_open_uses_fwd, _open_uses_bwd)
@@ -102,7 +104,7 @@ def use(x_BxLxI: Array, w_IxO: Array, carriers: Uses, *, shards: int | Shards = 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _use(shards, x_BxLxI, w_IxO, carriers):
-    return _product(x_BxLxI, w_IxO.astype(x_BxLxI.dtype), shards)
+    return product(x_BxLxI, w_IxO, shards, Dtypes.of(x_BxLxI, None, None))
 
 
 def _use_fwd(shards, x_BxLxI, w_IxO, carriers):
@@ -112,7 +114,7 @@ def _use_fwd(shards, x_BxLxI, w_IxO, carriers):
 def _use_bwd(shards, residuals, dy_BxLxO):
     x_BxLxI, w_IxO = residuals
     dy_BxLxO = dy_BxLxO.astype(x_BxLxI.dtype)
-    return _product(dy_BxLxO, w_IxO.T.astype(x_BxLxI.dtype), shards), None, Uses(x_BxLxI, dy_BxLxO)
+    return input_gradient(dy_BxLxO, w_IxO, shards, x_BxLxI.dtype), None, Uses(x_BxLxI, dy_BxLxO)
 
 
 _use.defvjp(_use_fwd, _use_bwd)

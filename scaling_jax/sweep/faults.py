@@ -122,6 +122,11 @@ def _use_faults(study: "Study", plain: dict[str, Any], assignments: list[dict[st
             faults.append(f"{name} differs in the grid: points are compared on the same held-out tokens; must be one for all{also}")
     if study.compute_dtype and "model.compute_dtype" in names:
         faults.append(f"model.compute_dtype in the grid, and the study's compute_dtype is {study.compute_dtype}: leave out one of the two")
+    if config_lib.FASTEST in of("model.compute_dtype"):
+        faults.append(
+            "config.model.compute_dtype is 'fastest': a study measures once for all its points; must be float32 or bfloat16, with the "
+            "study's compute_dtype='fastest'"
+        )
     schedules = of("schedule.name")
     if study.decay_fraction and "wsd" not in schedules:
         faults.append(f"the study's decay_fraction is {study.decay_fraction}: is for schedule.name wsd, not {', '.join(sorted(schedules))}")

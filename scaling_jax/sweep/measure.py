@@ -15,9 +15,9 @@ from scaling_jax.sweep.group import device_mesh
 from scaling_jax.sweep.plan import model_size
 from scaling_jax.sweep.population import Population, stack_values
 from scaling_jax.sweep.study import config_of
+from scaling_jax.train.compute_dtype import Choice, fastest
 from scaling_jax.train.step import Trainer, transformer_config
 
-DTYPES = ("float32", "bfloat16")
 TIMED_SECONDS, TIMED_STEPS = 1.0, 50  # of one timing, at most
 FORWARD_FLOPS = 2e10  # that a forward pass of the estimate has, at most
 MEMORY_SHARE = 0.8  # of what there is that a group may fill
@@ -73,14 +73,11 @@ def decide_class(values: Mapping[str, Any], count: int, max_members: int, cpus: 
     return decided | {"members": members, "seconds_per_step": seconds, "bytes_per_member": per_member, "why": why}
 
 
-def decide_dtype(values: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
-    """The compute dtype in which one member's step takes the least time, and the seconds of each; float32 where it hardly matters."""
-    seconds = {}
-    for dtype in DTYPES:
-        config = config_of(values | {"model.compute_dtype": dtype})
-        mesh, along = device_mesh(config)
-        seconds[dtype] = time_steps(Population(config, along, mesh)).seconds
-    return ("bfloat16" if seconds["bfloat16"] < 0.95 * seconds["float32"] else "float32"), seconds
+def decide_dtype(values: Mapping[str, Any]) -> Choice:
+    """The compute dtype in which one member's step takes the least time."""
+    config = config_of(values)
+    mesh, _ = device_mesh(config)
+    return fastest(config, mesh)
 
 
 def time_steps(population: Population) -> Timing:

@@ -85,8 +85,8 @@ def _with_dtype(opened: Opened, directory: epath.Path, data: Data, engine: Engin
     values = costliest(opened.points).values
     try:
         (reply,) = _answers(engine, [{"do": "dtype", "values": values}], line, stop, "compute dtypes")
-        name, seconds = reply["compute_dtype"], reply["seconds"]
-        line.say(f"compute dtype: {name}; seconds per step: {', '.join(f'{key} {value:.3g}' for key, value in seconds.items())}")
+        name = reply["compute_dtype"]
+        line.say(f"compute dtype: {name}, {reply['why']}")
     except (WorkerLost, TaskError) as error:
         name = values["model.compute_dtype"]
         line.say(f"compute dtype: {name}, the config's own; the others could not be measured: {error}")

@@ -31,7 +31,7 @@ def perform(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> d
     {"do": "dtype", "values"}.
 
     Returns {"state": "done" | "stopped" | "failed", "reason": str | None}; the decisions of a class, as the plan has them; or
-    {"compute_dtype", "seconds"}. `stop` is asked before each step of a group.
+    {"compute_dtype", "seconds", "why"}. `stop` is asked before each step of a group.
     """
     if task["do"] == "group":
         return _group(epath.Path(task["directory"]), task["group"], stop)
@@ -39,8 +39,7 @@ def perform(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> d
 
     if task["do"] == "class":
         return measure.decide_class(task["values"], task["count"], task["max_members"], task["cpus"])
-    name, seconds = measure.decide_dtype(task["values"])
-    return {"compute_dtype": name, "seconds": seconds}
+    return measure.decide_dtype(task["values"])._asdict()
 
 
 def _group(directory: epath.Path, group: str, stop: Callable[[], bool]) -> dict[str, Any]:

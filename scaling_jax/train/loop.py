@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scaling_jax import batch_schedule
 from scaling_jax import config as config_lib
+from scaling_jax.console import LiveLine
 from scaling_jax.data.corpus import RunData, open_run_data
 from scaling_jax.data.source import Prefetcher
 from scaling_jax.errors import UserError
@@ -27,12 +30,18 @@ from scaling_jax.train.applied import applied_table
 from scaling_jax.train.batch_size import KEY, UNKNOWN, Followed, replay
 from scaling_jax.train.batches import Batches
 from scaling_jax.train.checkpoint import Checkpoints, Start
+from scaling_jax.train.compute_dtype import fastest
 from scaling_jax.train.evaluate import Evaluator
 from scaling_jax.train.hosts import ALONE, Hosts
 from scaling_jax.train.metrics import NOISE_KEYS, MetricsWriter, Progress, Unwritten, read_records, train_record
 from scaling_jax.train.step import StepMetrics, Trainer, TrainState
 from scaling_jax.train.stopping import Stop
 from scaling_jax.train.summary import summarize
+
+# Steps are recorded several at a time, which takes a fraction of the time: one by one, each record would find the processor's caches
+# full of what its step left there.
+RECORDS_AT_ONCE = 16
+RECORD_SECONDS = 0.5  # a step waits no longer for its record
 
 
 class _NotFinite(Exception):
@@ -94,10 +103,14 @@ def train(
         start = Start(Path(start.workdir), start.tokens)
         others["start"] = _check_start(config, workdir, start, data, overwrite)
     hosts.agree(**others)
-    lock = workdir_lib.claim(workdir, config, data.fingerprint, overwrite, others, hosts)
+    line = LiveLine(config.logging.console_seconds) if hosts.first else None
+    lock, find_dtype = None, functools.partial(fastest, config, _mesh(config), hosts, line)
     try:
+        lock = workdir_lib.claim(workdir, config, data.fingerprint, overwrite, others, hosts, find_dtype)
         with Checkpoints(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_at_tokens, hosts) as checkpoints:
             return _Run(config, workdir, data, checkpoints, followed, start, hosts).run(profile_at_tokens, report)
+    except UserError:
+        raise
     except Exception as error:
         if _is_full_disk(error):
             raise UserError(
@@ -119,7 +132,9 @@ def _check_start(config: ConfigDict, workdir: Path, start: Start, data: RunData,
     where = f"{start.workdir} at {start.tokens} tokens"
     if workdir.resolve() == start.workdir.resolve():
         raise UserError(f"--workdir={workdir}: the run starts from there; give another directory")
-    theirs, ours = workdir_lib.read_identity(start.workdir), config_lib.identity(config)
+    theirs = workdir_lib.read_identity(start.workdir)
+    config_lib.settle_compute_dtype(config, theirs.get("model.compute_dtype", "float32"))
+    ours = config_lib.identity(config)
     same = [name for name in ours if name.startswith(("model.", "parametrization.")) or name == "noise_scale.preconditioned"]
     differ = [f"config.{name} is {ours[name]}, {theirs.get(name)} there" for name in same if ours[name] != theirs.get(name)]
     if bool(config.noise_scale.every) != bool(theirs.get("noise_scale.every")):  # the state has the noise's running means, or not
@@ -147,9 +162,7 @@ class _Run:
     ):
         self.config, self.workdir, self.data, self.checkpoints = config, workdir, data, checkpoints
         self.followed, self.start, self.hosts = followed, start, hosts
-        # On one device there is nothing to shard, and the model runs as in anybody's loop.
-        mesh = config.mesh
-        self.mesh = make_mesh(mesh.replica, mesh.fsdp, mesh.tensor, mesh.member) if len(jax.devices()) > 1 else None
+        self.mesh = _mesh(config)
         self.trainer = Trainer(config, self.mesh)
         self.evaluator = Evaluator(config, data, self.trainer)
         self.batches = Batches(config, data.train, self.trainer.batch_sharding)
@@ -159,6 +172,8 @@ class _Run:
         self.context, self.total_tokens = config.model.context, config.train.tokens
         self.held_out: float | None = None
         self.noise_keys: dict[str, Any] = {}
+        self.unrecorded: list[tuple[_Step, float]] = []  # steps that are done, and when by time.monotonic
+        self.recorded = -math.inf  # when the last of those before them were
         self.stop = Stop(hosts)
 
     def run(self, profile_at_tokens: Sequence[int], report: Callable[[dict[str, Any]], Sequence[Path]] | None) -> dict[str, Any]:
@@ -230,22 +245,25 @@ class _Run:
                     tokens_AxBxL = self.batches.place(batches.get((sequences, batch_sequences)), batch_sequences)
                     measure = bool(every) and (step + 1) % every == 0
                     state, metrics = self.traces.step(self.trainer.step, step + 1, tokens, state, tokens_AxBxL, measure)
-                    # Written while the next step runs, so that the device never waits for the host.
-                    self.record(pending)
+                    # While the next step runs, so that the device never waits for the host.
+                    self.finish(pending)
                     step, sequences, before = step + 1, sequences + batch_sequences, tokens
                     tokens = sequences * self.context
                     pending = _Step(step, before, tokens, metrics)
                     if tokens == decision_due or self.eval_due(before, tokens) or self.save_due(before, tokens):
-                        self.record(pending)
+                        self.finish(pending)
+                        self.record()
                         pending = None
                         if tokens == decision_due:  # before a checkpoint of this step, whose log then holds it
                             self.decide(state, step, tokens)
                             decision_due = self.batch_size.next_due(tokens)
                         self.evaluate_and_save(state, step, before, tokens)
-                self.record(pending)
+                self.finish(pending)
             except _NotFinite as error:
                 step, tokens = error.args
                 return self.diverged(tokens), step, tokens
+            finally:
+                self.record()
         if tokens >= self.total_tokens:
             return "finished", step, tokens
         if self.stop.signal is not None:
@@ -264,27 +282,36 @@ class _Run:
         if decision.batch_tokens != before:
             self.progress.say(f"batch of {decision.batch_tokens:,} tokens from {tokens:,} on")
 
-    def record(self, pending: _Step | None) -> None:
+    def finish(self, pending: _Step | None) -> None:
+        """Waits for a step, which is recorded now or soon; _NotFinite, and everything recorded, if its loss or gradient is not finite."""
         if pending is None:
             return
-        step, before, tokens, metrics = pending
-        metrics = jax.device_get(metrics)
-        kinds = self.trainer.meter.kinds if self.trainer.meter else ()
-        record = train_record(step, tokens, tokens - before, self.context, metrics, kinds)
-        record["tokens_per_second"] = self.progress.tokens_per_second(tokens)
-        finite = math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)
-        every = self.config.logging.every_tokens
+        finite = _is_finite(pending.metrics)
+        self.unrecorded.append((pending, time.monotonic()))
+        if not finite or len(self.unrecorded) == RECORDS_AT_ONCE or time.monotonic() - self.recorded > RECORD_SECONDS:
+            self.record()
         if not finite:
-            record["event"] = "not finite"
-        # A record that is written on a step without measurement has the newest one since the last record.
-        self.noise_keys |= {key: value for key, value in record.items() if key.startswith(NOISE_KEYS)}
-        last = tokens >= self.total_tokens
-        if not finite or not every or last or _crosses(every, before, tokens):
-            self.writer.write(record | self.noise_keys)
-            self.noise_keys = {}
-        if not finite:
-            raise _NotFinite(step, tokens)
-        self.progress.show(record, self.held_out)
+            raise _NotFinite(pending.number, pending.tokens)
+
+    def record(self) -> None:
+        """Writes down the steps that are not yet, and shows the last."""
+        finished, self.unrecorded = self.unrecorded, []
+        kinds, every = self.trainer.meter.kinds if self.trainer.meter else (), self.config.logging.every_tokens
+        for (step, before, tokens, metrics), seconds in finished:
+            metrics = jax.tree.map(np.asarray, metrics)  # a few numbers each, for which device_get takes several times as long
+            record = train_record(step, tokens, tokens - before, self.context, metrics, kinds)
+            record["tokens_per_second"] = self.progress.tokens_per_second(tokens, seconds)
+            finite = _is_finite(metrics)
+            if not finite:
+                record["event"] = "not finite"
+            # A record that is written on a step without measurement has the newest one since the last record.
+            self.noise_keys |= {key: value for key, value in record.items() if key.startswith(NOISE_KEYS)}
+            if not finite or not every or tokens >= self.total_tokens or _crosses(every, before, tokens):
+                self.writer.write(record | self.noise_keys)
+                self.noise_keys = {}
+        if finished and finite:
+            self.progress.show(record, self.held_out)
+        self.recorded = time.monotonic()
 
     def eval_due(self, before: int, after: int) -> bool:
         return after >= self.total_tokens or _crosses(self.config.eval.every_tokens, before, after)
@@ -321,6 +348,16 @@ class _Run:
         where = f"the checkpoint at {kept[-1]:,} tokens is kept" if kept else "there is no checkpoint before it"
         self.progress.say(f"loss or gradient not finite at {tokens:,} tokens; {where}")
         return "diverged"
+
+
+def _mesh(config: ConfigDict) -> Mesh | None:
+    """On one device there is nothing to shard, and the model runs as in anybody's loop."""
+    mesh = config.mesh
+    return make_mesh(mesh.replica, mesh.fsdp, mesh.tensor, mesh.member) if len(jax.devices()) > 1 else None
+
+
+def _is_finite(metrics: StepMetrics) -> bool:
+    return all(math.isfinite(np.asarray(x)) for x in (metrics.loss, metrics.grad_norm))
 
 
 def _end_tokens(config: ConfigDict) -> int:

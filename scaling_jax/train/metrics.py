@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -158,9 +157,8 @@ class Progress:
         self.end = self._line.end
         self._marks: list[tuple[float, int]] = []  # (time, tokens) of the last half minute
 
-    def tokens_per_second(self, tokens: int) -> float | None:
-        """Over the last half minute at most; None before two steps were seen."""
-        now = time.monotonic()
+    def tokens_per_second(self, tokens: int, now: float) -> float | None:
+        """Over the last half minute at most; None before two steps were seen. `now`: when `tokens` was reached, by time.monotonic."""
         self._marks.append((now, tokens))
         while len(self._marks) > 2 and self._marks[0][0] < now - 30:
             self._marks.pop(0)

@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from scaling_jax import config as config_lib
 from scaling_jax import optimizer
 from scaling_jax.errors import UserError
 from scaling_jax.mesh import sharding, spec
@@ -63,15 +64,15 @@ class Values(NamedTuple):
         return cls(np.float32(config.optimizer.lr), np.uint32(config.train.seed), decay)
 
 
-def transformer_config(config: ConfigDict, platform: str = "cpu") -> TransformerConfig:
-    """The model's shape, with the attention that `auto` means on a platform."""
+def transformer_config(config: ConfigDict, platform: str = "cpu", one_device: bool = True) -> TransformerConfig:
+    """The model's shape, with the attention that `auto` means on a platform, and the form that is fast there."""
     model = dict(config.model)
     if model["attention"] == "auto":
         kernel = platform == "tpu" and config.model.context % BLOCK == 0 and not config.model.dropout
         model["attention"] = "splash" if kernel else "einsum"
     elif model["attention"] == "splash" and platform != "tpu":
         model["attention"] = "splash_interpreted"
-    return TransformerConfig(**model)
+    return TransformerConfig(**model, for_cpu=platform == "cpu" and one_device)
 
 
 def parametrization(config: ConfigDict) -> Parametrization:
@@ -90,6 +91,8 @@ class Trainer:
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh | None = None, model: Callable[..., nnx.Module] = Transformer):
+        if config.model.compute_dtype == config_lib.FASTEST:
+            raise UserError("config.model.compute_dtype is 'fastest': only a run finds that, as it begins; must be float32 or bfloat16")
         self.config, self.mesh, self.model = config, mesh, model
         self.platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self.optimizer = optimizer.adamw(config)
@@ -112,7 +115,8 @@ class Trainer:
         self._jit_eval = jax.jit(self.pure_eval)
 
     def _model(self, key: Array | int = 0) -> nnx.Module:
-        return self.model(transformer_config(self.config, self.platform), parametrization(self.config), rngs=nnx.Rngs(key))
+        shape = transformer_config(self.config, self.platform, self.mesh is None)
+        return self.model(shape, parametrization(self.config), rngs=nnx.Rngs(key))
 
     def _init(self, key: Array) -> TrainState:
         params = nnx.state(self._model(key), nnx.Param)

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from ml_collections import ConfigDict
 from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
 from scaling_jax.train import checkpoint, metrics
+from scaling_jax.train.compute_dtype import DTYPES, Choice
 from scaling_jax.train.hosts import ALONE, Hosts
 
 CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LOCK_FILE = "config.json", "summary.json", "parametrization.json", "figures", ".lock"
 LAWS, BRANCHES, EVALUATIONS = "laws", "branches", "evaluations"
+FOUND_DTYPE = "fastest"  # of config.json: how the dtype was chosen, where it was not given
 STUDY_FILE = "plan.json"  # of `scaling-jax sweep`
 _OWN = (
     *(CONFIG_FILE, SUMMARY_FILE, TABLE_FILE, FIGURES, LAWS, BRANCHES, EVALUATIONS),
@@ -36,21 +38,26 @@ def claim(
     overwrite: bool = False,
     others: Mapping[str, Any] | None = None,
     hosts: Hosts = ALONE,
+    find_dtype: Callable[[], Choice] | None = None,
 ) -> int | None:
     """Makes `workdir` this run's, or finds that it is; returns a file descriptor that holds its lock, None on processes but the first.
 
     `others` are parts of its identity beside the config's fields, or instead of one: another run that it starts from, the content of a
-    file that a field names.
+    file that a field names. Where config.model.compute_dtype is 'fastest' it becomes, in place, that of the run that is there, or else what
+    `find_dtype` finds, which all processes call and which is kept in config.json.
 
     UserError where its identity fields differ (listed), where it is in use or cannot be written, where it holds a run without a
     config.json, or files that go by the names of a run's but are none; and where other processes do not see what the first wrote there.
     """
-    identity = json.loads(json.dumps(config_lib.identity(config) | {"data.fingerprint": data_fingerprint} | dict(others or {})))
     made = hosts.first and not workdir.exists()
     lock = hosts.do(lambda: _take(workdir))
     try:
         _check_shared(workdir, hosts, made)
-        hosts.do(lambda: _write_identity(workdir, config, identity, overwrite))
+        stored = hosts.tell(lambda: None if overwrite else _stored(workdir))
+        found = _settle_dtype(config, stored, find_dtype)
+        identity = json.loads(json.dumps(config_lib.identity(config) | {"data.fingerprint": data_fingerprint} | dict(others or {})))
+        contents = {"config": config_lib.to_json(config), "identity": identity} | ({FOUND_DTYPE: found} if found else {})
+        hosts.do(lambda: _write(workdir, contents, stored, overwrite))
     except BaseException:
         release(lock)
         raise
@@ -104,18 +111,46 @@ def _holds(path: Path, word: str) -> bool:
         return False
 
 
-def _write_identity(workdir: Path, config: ConfigDict, identity: dict[str, Any], overwrite: bool) -> None:
-    try:
-        if overwrite:
-            _delete(workdir)
-        path = workdir / CONFIG_FILE
-        if path.exists():
-            _check_identity(workdir, identity)
-        elif any((workdir / name).exists() for name in _OWN):
+def _stored(workdir: Path) -> dict[str, Any] | None:
+    """What config.json holds; None where there is no run."""
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        if any((workdir / name).exists() for name in _OWN):
             raise UserError(
                 f"--workdir={workdir}: holds a run but no {CONFIG_FILE}; give another directory, or --overwrite to delete the run"
             )
-        write_json(path, {"config": config_lib.to_json(config), "identity": identity})
+        return None
+    try:
+        stored = json.loads(path.read_text())
+        if isinstance(stored["identity"], dict):
+            return stored
+    except OSError as error:
+        raise UserError(_cannot_write(workdir, error)) from error
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path}: not a config that scaling_jax wrote; restore it, or --overwrite the run")
+
+
+def _settle_dtype(config: ConfigDict, stored: dict[str, Any] | None, find_dtype: Callable[[], Choice] | None) -> dict[str, Any] | None:
+    """Decides model.compute_dtype = 'fastest', in place. Returns what the run keeps of how that was found, None where it was given."""
+    if stored is not None:
+        theirs = stored["identity"].get("model.compute_dtype")
+        config_lib.settle_compute_dtype(config, theirs if theirs in DTYPES else DTYPES[0])
+        return stored.get(FOUND_DTYPE)
+    if config.model.compute_dtype != config_lib.FASTEST:
+        return None
+    found = find_dtype()
+    config.model.compute_dtype = found.compute_dtype
+    return found._asdict()
+
+
+def _write(workdir: Path, contents: dict[str, Any], stored: dict[str, Any] | None, overwrite: bool) -> None:
+    if stored is not None:
+        _check_identity(workdir, contents["identity"], stored["identity"])
+    try:
+        if overwrite:
+            _delete(workdir)
+        write_json(workdir / CONFIG_FILE, contents)
     except OSError as error:
         raise UserError(_cannot_write(workdir, error)) from error
 
@@ -145,11 +180,7 @@ def _cannot_write(workdir: Path, error: OSError) -> str:
     return f"--workdir={workdir}: cannot be written: {error.strerror}"
 
 
-def _check_identity(workdir: Path, identity: dict[str, Any]) -> None:
-    try:
-        theirs = json.loads((workdir / CONFIG_FILE).read_text())["identity"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{workdir / CONFIG_FILE}: not a config that scaling_jax wrote; restore it, or --overwrite the run") from None
+def _check_identity(workdir: Path, identity: dict[str, Any], theirs: dict[str, Any]) -> None:
     missing = "absent"
     differ = [
         f"  config.{name}: {theirs.get(name, missing)!r} there, {identity.get(name, missing)!r} here"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from absl import flags
 from ml_collections import ConfigDict
 
+from scaling_jax import config as config_lib
 from scaling_jax.console import LiveLine
 from scaling_jax.errors import UserError
 from scaling_jax.pods.chips import Topology, parse_topology
@@ -32,6 +33,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _run(values: flags.FlagValues) -> int:
     config = config_of(values)
+    config_lib.settle_compute_dtype(config, "bfloat16")  # as a TPU would be given it
     if not values.topology:
         raise UserError("--topology is missing, for example --topology=v5p:4x4x4")
     topology = parse_topology(values.topology, values.slices)

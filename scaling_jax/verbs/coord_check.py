@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from scaling_jax import config as config_lib
 from scaling_jax.errors import UserError
 from scaling_jax.process import use_compilation_cache
 from scaling_jax.verbs.common import Verb, config_of, define_config, define_model, integers
@@ -27,6 +28,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _run(values: flags.FlagValues) -> int:
     config = config_of(values)
+    config_lib.settle_compute_dtype(config, "float32")  # in which every check is computed
     sizes = {axis: integers(f"{axis}s", text, "64,128,256") for axis, text in (("width", values.widths), ("depth", values.depths)) if text}
     if not values.out:
         raise UserError("--out=DIR is missing: where the table, the figures and the verdict go")

@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from scaling_jax import config as config_lib
 from scaling_jax.verbs.common import Verb, config_of, define_config, define_model
 
 
@@ -12,6 +13,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _run(values: flags.FlagValues) -> int:
     config = config_of(values)
+    config_lib.settle_compute_dtype(config, "float32")  # no part of the table
     from scaling_jax.coord_check.own_model import load_model
     from scaling_jax.report.parametrization import parametrization_table
 
