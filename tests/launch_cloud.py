@@ -36,9 +36,10 @@ def lose_hosts():
 def have_hosts():
     for host in hosts:
         uv = home(host) / ".local/bin/uv"
-        uv.parent.mkdir(parents=True, exist_ok=True)
-        uv.write_text((root / "uv").read_text())
-        uv.chmod(0o755)
+        if not uv.exists():  # a job may be running it, and what is being written cannot be run
+            uv.parent.mkdir(parents=True, exist_ok=True)
+            uv.write_text((root / "uv").read_text())
+            uv.chmod(0o755)
 
 verb = words[3]
 if verb == "list":

@@ -204,7 +204,18 @@ def test_help_names_every_flag(help_flag: str, capsys: pytest.CaptureFixture[str
         text, err = capsys.readouterr()
         flags = {
             "train": ["config", "workdir", "overwrite", "profile_at_tokens"],
-            "tokenize": ["input", "out", "tokenizer", "holdout_every", "split_documents", "field", "skip_bad", "shard_tokens", "workers"],
+            "tokenize": [
+                "input",
+                "out",
+                "tokenizer",
+                "holdout_every",
+                "split_documents",
+                "stretch_characters",
+                "field",
+                "skip_bad",
+                "shard_tokens",
+                "workers",
+            ],
             "train-tokenizer": ["input", "out", "vocab_size", "field", "split_documents", "max_bytes", "skip_bad"],
             "eval": ["run", "data", "at_tokens", "eval_tokens", "out"],
             "sample": ["run", "prompt", "tokens", "temperature", "top_p", "params", "tokenizer"],

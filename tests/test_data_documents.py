@@ -371,6 +371,22 @@ def test_splitting_does_not_depend_on_how_the_text_arrives(monkeypatch, separato
         assert ways[0] == ways[1] == ways[2]
 
 
+def test_stretches_end_between_paragraphs():
+    def stretches(text, size=1000):
+        pieces = list(split_text([text[i : i + size] for i in range(0, len(text), size)], "", 20))
+        assert all(ends for _, ends in pieces) and "".join(piece for piece, _ in pieces) == text
+        return [piece for piece, _ in pieces]
+
+    assert stretches("a b c\n\nde f g h\n\n" + "i" * 15) == ["a b c\n\nde f g h\n\n", "i" * 15]  # the last blank line in reach
+    assert stretches("a\n\n" + "b " * 10 + "c") == ["a\n\n" + "b " * 7 + "b", " b b c"]  # a first paragraph of two letters is none
+    assert stretches("a" * 50) == ["a" * 20, "a" * 20, "a" * 10]
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        text = "".join(rng.choice(["a", "b", " ", "\n", "\n\n"], rng.integers(1, 200)))
+        found = stretches(text, 1)
+        assert found == stretches(text, 7) == stretches(text) and max(map(len, found)) <= 20
+
+
 def test_pieces_end_before_a_space(monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 10)
 

@@ -90,6 +90,18 @@ def test_a_separator_splits_files_and_vanishes(tmp_path):
     assert TokenStream(tmp_path / "out").index.text_bytes == 17
 
 
+def test_stretches_are_held_out_from_all_over_a_text(tmp_path):
+    text = "".join(f"{number}\n\n" for number in range(100, 160))  # five bytes each, so stretches of 20 are four of them
+    texts = make(tmp_path / "in", {"1.txt": text})
+    tokenize_files([str(texts)], tmp_path / "out", BYTES, 5, stretch_characters=20)
+    stretches = [text[start : start + 20].encode() + b"\xff" for start in range(0, 300, 20)]
+    assert content(tmp_path / "out/heldout") == b"".join(stretches[4::5])
+    assert content(tmp_path / "out/train") == b"".join(stretch for n, stretch in enumerate(stretches, 1) if n % 5)
+    with pytest.raises(UserError, match="stretch_characters is 65537: must be from 1 to 65,536, or 0"):
+        tokenize_files([str(texts)], tmp_path / "none", BYTES, 5, stretch_characters=65537)
+    only(tmp_path, "in", "out")
+
+
 def test_long_documents_in_pieces_are_one_document(tmp_path, monkeypatch):
     text = "".join(chr(code) for code in np.random.default_rng(0).choice([0x20, 0x41, 0xE9, 0x4E2D, 0x1F642], 3000))
     whole = make(tmp_path / "in", {"1.txt": text})

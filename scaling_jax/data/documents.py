@@ -111,9 +111,9 @@ class DocumentReader:
     Iteration yields (piece of at most PIECE characters, whether it ends its document); joined, the pieces are the text, line ends
     as they are. Where a document is cut depends on its text alone. Blank documents are left out.
 
-    A .txt is one document, or, with a separator, several. A line of a .jsonl, and a row of a .parquet, is one document each: the
-    string in its field. Blank lines of a .jsonl are passed over. Memory stays bounded for a .txt of any length and for a .jsonl or
-    .parquet of any number of documents; a single document of theirs has to fit.
+    A .txt is one document, or, with a separator or in stretches, several. A line of a .jsonl, and a row of a .parquet, is one document
+    each: the string in its field. Blank lines of a .jsonl are passed over. Memory stays bounded for a .txt of any length and for a
+    .jsonl or .parquet of any number of documents; a single document of theirs has to fit.
 
     Attributes, as of the last piece:
       read_bytes: how much of the file, as it lies on the disk.
@@ -126,7 +126,7 @@ class DocumentReader:
         string; or such a row. The message names the file, and the byte, line or row, counted from 0, 1 and 1.
     """
 
-    def __init__(self, path: Path, field: str = "text", separator: str = "", skip_bad: bool = False) -> None:
+    def __init__(self, path: Path, field: str = "text", separator: str = "", skip_bad: bool = False, stretch_characters: int = 0) -> None:
         """Opens nothing yet.
 
         Args:
@@ -134,7 +134,10 @@ class DocumentReader:
           field: of a .jsonl's lines or a .parquet's rows, that holds the document.
           separator: text that separates documents within a .txt, and is dropped; '' makes the file one document.
           skip_bad: leave bad lines and rows out, and count them.
+          stretch_characters: most characters of a document of a .txt, at most PIECE: longer ones are cut, if possible between
+            paragraphs; 0 cuts none.
         """
+        self.stretch_characters = stretch_characters
         self.path, self.field, self.separator, self.skip_bad = path, field, separator, skip_bad
         self.read_bytes = self.skipped = 0
         self.first_fault = ""
@@ -142,7 +145,7 @@ class DocumentReader:
     def __iter__(self) -> Iterator[tuple[str, bool]]:
         kind = kind_of(self.path)
         if kind == ".txt":
-            pieces: Iterable[tuple[str, bool]] = split_text(self._text(), self.separator)
+            pieces: Iterable[tuple[str, bool]] = split_text(self._text(), self.separator, self.stretch_characters)
         else:
             documents = self._lines() if kind == ".jsonl" else self._rows()
             pieces = itertools.chain.from_iterable(split_text([document], "") for document in documents)
@@ -328,14 +331,16 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
         yield b"".join(parts) if size <= LINE else None
 
 
-def split_text(chunks: Iterable[str], separator: str) -> Iterator[tuple[str, bool]]:
+def split_text(chunks: Iterable[str], separator: str, stretch: int = 0) -> Iterator[tuple[str, bool]]:
     """Splits text into documents at `separator`, and documents into pieces of at most PIECE characters.
 
     Yields (piece, whether it ends its document); joined, they are the text without separators. Where it cuts does not depend
     on how the text came in chunks: before the last space in reach that follows a character that is none, failing that before such a
-    line end, failing that anywhere.
+    line end, failing that anywhere. With a stretch, of 1 to PIECE characters, no document is longer: each piece is one, and ends, where
+    it can, after the last blank line within the stretch's later half.
     """
-    lookahead = PIECE + max(1, len(separator))  # enough to see that a piece neither ends a document nor cuts a separator
+    most = stretch or PIECE
+    lookahead = most + max(1, len(separator))  # enough to see that a piece neither ends a document nor cuts a separator
     buffer, start = "", 0
     for chunk in itertools.chain(chunks, [None]):
         buffer, start = buffer[start:] + (chunk or ""), 0
@@ -344,12 +349,13 @@ def split_text(chunks: Iterable[str], separator: str) -> Iterator[tuple[str, boo
             if end >= 0:
                 yield buffer[start:end], True
                 start = end + len(separator)
-            elif len(buffer) - start <= PIECE:
+            elif len(buffer) - start <= most:
                 yield buffer[start:], True
                 start = len(buffer)
             else:
-                cut = _last_cut(buffer, start, start + PIECE)
-                yield buffer[start:cut], False
+                paragraph = buffer.rfind("\n\n", start + most // 2, start + most) if stretch else -1
+                cut = paragraph + 2 if paragraph >= 0 else _last_cut(buffer, start, start + most)
+                yield buffer[start:cut], bool(stretch)
                 start = cut
 
 

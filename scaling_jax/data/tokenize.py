@@ -55,6 +55,7 @@ def tokenize_files(
     *,
     field: str = "text",
     skip_bad: bool = False,
+    stretch_characters: int = 0,
     shard_tokens: int = SHARD_TOKENS,
     workers: int = 1,
     resume: bool = False,
@@ -79,6 +80,8 @@ def tokenize_files(
       split_documents: text that separates documents within a .txt, and is dropped; '' makes each .txt one document.
       field: of a .jsonl's lines or a .parquet's rows, that holds the document.
       skip_bad: leave bad lines and rows out, and count them.
+      stretch_characters: most characters of a document of a .txt, at most 65,536: longer ones are cut into several, if possible between
+        paragraphs, so that what is held out lies all over a long text; 0 cuts none.
       shard_tokens: tokens in each shard but the last.
       workers: processes that encode; 1 encodes in this one. Fewer are started where there is little to encode.
       resume: keep what is finished in a hidden sibling of `out` when stopped, even by a crash, and continue from it: from the last
@@ -104,7 +107,11 @@ def tokenize_files(
     kinds = {kind_of(file) for file in files}
     if split_documents and ".txt" not in kinds:
         raise UserError(f"split_documents is {split_documents!r}, for .txt files; there are only {' and '.join(sorted(kinds))}")
-    if kinds == {".txt"} and not split_documents:
+    if not 0 <= stretch_characters <= PIECE:
+        raise UserError(f"stretch_characters is {stretch_characters}: must be from 1 to {PIECE:,}, or 0")
+    if stretch_characters and ".txt" not in kinds:
+        raise UserError(f"stretch_characters is {stretch_characters}, for .txt files; there are only {' and '.join(sorted(kinds))}")
+    if kinds == {".txt"} and not split_documents and not stretch_characters:
         _require_holdout(len(files), holdout_every, inputs)
     say = say or (lambda message: None)
     kept = ""  # what to add to a message where something was kept
@@ -123,12 +130,13 @@ def tokenize_files(
             start, checkpoints = Position(), None
             if resume:
                 options = [VERSION, PIECE, tokenizer.name, tokenizer.fingerprint, holdout_every, split_documents, field, shard_tokens]
+                options += [stretch_characters]
                 checkpoints = Checkpoints(folder.parent, hashlib.sha256(json.dumps(options).encode()).hexdigest(), files)
                 start, note = checkpoints.restore(writers, skip_bad)
                 if note:
                     say(note)
                 kept = f". {folder.parent} keeps what was done: once that is mended the same command continues; delete it to start again"
-            reading = _Reading(files, start, field, split_documents, skip_bad, holdout_every)
+            reading = _Reading(files, start, (field, split_documents, skip_bad, stretch_characters), holdout_every)
             workers = 1 if isinstance(tokenizer, ByteTokenizer) else min(workers, max(1, reading.total_bytes // WORKER_BYTES))
             with EncodePool(tokenizer, workers) as pool:
                 _write(reading, writers, pool, 2 * workers if workers > 1 else 0, checkpoints, on_progress)
@@ -149,7 +157,8 @@ def tokenize_files(
 class _Reading:
     """The input as batches of parts, from a position on; counts documents, and bad lines and rows, from the beginning."""
 
-    def __init__(self, files: Sequence[Path], start: Position, field: str, separator: str, skip_bad: bool, holdout_every: int) -> None:
+    def __init__(self, files: Sequence[Path], start: Position, options: tuple[str, str, bool, int], holdout_every: int) -> None:
+        """`options` are those of DocumentReader after its path."""
         self.files = files
         self.documents, self.skipped = start.documents, start.skipped
         self.first_fault = start.first_fault
@@ -157,7 +166,7 @@ class _Reading:
         self.total_bytes = sum(sizes)
         self._sizes = sizes
         self.start, self.start_bytes = start, sum(sizes[: start.file])
-        self._options = field, separator, skip_bad
+        self._options = options
         self._holdout_every = holdout_every
 
     def batches(self) -> Iterator[_Batch]:

@@ -24,6 +24,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("tokenizer", "bytes", tokenizer, flag_values=values)
     flags.DEFINE_integer("holdout_every", 10, "hold out every n-th document; 0 holds out none", flag_values=values)
     flags.DEFINE_string("split_documents", "", "text that separates documents within a .txt", flag_values=values)
+    stretch = "most characters of a document of a .txt, cut between paragraphs if possible; 0 cuts none"
+    flags.DEFINE_integer("stretch_characters", 0, stretch, flag_values=values)
     flags.DEFINE_string("field", "text", "field of a .jsonl's lines or a .parquet's rows that holds the document", flag_values=values)
     flags.DEFINE_bool("skip_bad", False, "leave out bad lines and rows, and count them, instead of stopping", flag_values=values)
     flags.DEFINE_integer("shard_tokens", 1 << 26, "tokens in each file of the result but the last", flag_values=values)
@@ -40,6 +42,8 @@ def _run(values: flags.FlagValues) -> int:
         raise UserError("--out=DIR is missing: the directory to make")
     if values.holdout_every < 0 or values.holdout_every == 1:
         raise UserError(f"--holdout_every={values.holdout_every}: must be 0 (none) or at least 2")
+    if not 0 <= values.stretch_characters <= 1 << 16:
+        raise UserError(f"--stretch_characters={values.stretch_characters}: must be from 1 to 65,536, or 0, which cuts none")
     if values.shard_tokens < 1:
         raise UserError(f"--shard_tokens={values.shard_tokens}: must be at least 1")
     if values.workers < 0:
@@ -57,6 +61,7 @@ def _run(values: flags.FlagValues) -> int:
                 values.split_documents,
                 field=values.field,
                 skip_bad=values.skip_bad,
+                stretch_characters=values.stretch_characters,
                 shard_tokens=values.shard_tokens,
                 workers=values.workers or min(cores(), 8),  # more wait for the one that reads
                 resume=True,
