@@ -304,6 +304,21 @@ def test_a_horizon_beyond_the_data_is_refused_unless_they_repeat():
         check_lengths(resolve(study(grid.over("data.train_tokens", [1600, 800]), horizons=(1024,))), length_check)
 
 
+def test_a_ragged_grid_has_no_horizon_of_few_steps_after_warmup():
+    config = small_config(schedule__name="constant", schedule__warmup_tokens=1024)
+    points = grid.over("train.batch_tokens", (64, 256, 1024))
+    horizons = (1663, 3584, 11_264, 11_265)  # the first ends a token short of ten steps of 64
+    found = resolve(Study(config, points, horizons=horizons, least_steps=10))
+    assert [point.horizons for point in found] == [horizons[1:], horizons[1:], horizons[2:]]
+    everything = resolve(Study(config, points, horizons=horizons[1:]))
+    assert [point.id for point in found] == [point.id for point in everything]
+    assert {point.values["train.tokens"] for point in found} == {11_265}
+    with pytest.raises(UserError, match=r"batch_tokens=1024: has 10 steps after its warmup by the last horizon, 11265, and .* is 11;"):
+        resolve(Study(config, points, horizons=horizons, least_steps=11))
+    with pytest.raises(UserError, match="least_steps is 5: .* must be 0"):
+        resolve(Study(config, points, least_steps=5))
+
+
 def test_where_a_horizon_ends():
     """A whole batch at or past it, as a run of that budget does."""
     assert [end_tokens(only().values, h) for h in (1, 128, 129)] == [128, 128, 256]

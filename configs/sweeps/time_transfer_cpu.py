@@ -1,19 +1,25 @@
 """How the best learning rate moves with batch size and token budget, after Time Transfer (arXiv 2410.05838), on two CPU cores.
 
     scaling-jax sweep --config=configs/sweeps/time_transfer_cpu.py --workdir=runs/time_transfer_cpu
+    scaling-jax sweep --config=configs/sweeps/time_transfer_cpu.py:prose --workdir=runs/first/time_transfer
+    scaling-jax sweep --config=configs/sweeps/time_transfer_cpu.py:prose,decay --workdir=runs/first/time_transfer_decay
 
-Widths 32 and 64 under μP, batches 2^8 … 2^13 tokens, horizons 2^17 … 2^22 tokens, learning rates in steps of √2, two seeds, on the
-State of the Union messages, byte by byte. Of the learning rates 2^-10 … 2^-3.5 each batch has the nine around 2^-8·√(B/2^8), near where a
-first look at one seed found the best one at 2^19 tokens; the others are far off it. A constant lr lets one run serve all horizons: at the
-largest batch the first is 16 steps away, at the smallest the last is 16,384. Warmup is 2^14 tokens for every batch and horizon. One that
-grows with the horizon would take a run for each, and one of so many steps would be most of a short horizon where batches are large; the
-choice moves the best lr of large batches at short horizons, and that end is to be read with it in mind.
+Widths 32 and 64 under μP, batches 2^8 … 2^15 tokens, horizons 2^17 … 2^22 tokens, two seeds at the smaller width. Each batch has eight
+learning rates in steps of √2 about where a first look found the best one at 2^20 tokens, CENTRES·(B/2^8)^0.45. The lr is constant after
+2^15 tokens of warmup, whatever batch and horizon, so that one run serves all horizons; at the largest batch that is one step. A warmup that
+grows with the horizon would take a run for each. The grid is ragged: no cell has less than 100 steps after its warmup, so that the first
+horizon has the smallest batches alone, and the largest batch only the last one. The text is the State of the Union messages, byte by byte.
+
+`prose` takes the first study's text instead (configs/sweeps/prose.py). `decay` is a part of the grid, width 32, one seed, three batches
+and horizons from 2^19 tokens, with a linear decay to zero over the last fifth of every horizon: constant-lr horizons measure another η*(T).
+`width=32` leaves the other width out: the same command without it then trains what is missing.
 
     scaling-jax sweep --config=configs/sweeps/time_transfer_cpu.py:small --workdir=runs/small
 
 is the same with four learning rates, larger ones since it ends early, two batches, one seed and horizons of 2^12 … 2^14 tokens.
 
-Cost: 216 points in 1,296 cells, 9.1e8 tokens, 4.0e14 FLOPs; about 2.5 hours on two CPU cores, estimated from the time of a step.
+Cost: 192 points in 768 cells, 8.1e8 tokens, 3.6e14 FLOPs (bytes) or 5e14 (prose); about 1.5 hours on two CPU cores. decay: 24 points in
+88 cells, 1.4e8 tokens; about 12 minutes.
 
 Expect, from theory and other people's measurements and not from this study: at small batches a best lr that rises as √B and falls with the
 horizon, between T^-1/4 and T^-1/2; at large ones less of both, beyond a batch that grows with the horizon as T^0.4 … T; the same best lr
@@ -21,47 +27,79 @@ at both widths; a loss that is flatter in the lr the longer the horizon. Which f
 """
 
 import math
+import runpy
+from pathlib import Path
 
 from scaling_jax.config import default_config
 from scaling_jax.errors import UserError
 from scaling_jax.sweep import grid
 from scaling_jax.sweep.study import Study
 
-BATCHES = tuple(1 << k for k in range(8, 14))
+WORDS = ("prose", "decay", "small", "width=32", "width=64")
+BATCHES = tuple(1 << k for k in range(8, 16))
 HORIZONS = tuple(1 << k for k in range(17, 23))
+CENTRES = {"prose": 2**-7.3, "sotu": 2**-8.0}  # of learning rates at the smallest batch
+MICROBATCH_TOKENS = 1 << 12  # of larger ones the activations leave the caches
+LEAST_STEPS = 100
 
 
 def get_study(argument: str = "") -> Study:
-    if argument not in ("", "small"):
-        raise UserError(f"the argument is {argument!r}: must be small, or left out")
-    small = argument == "small"
-    lrs = grid.over("optimizer.lr", grid.geometric(2**-7, 2**-4, 2) if small else grid.geometric(2**-10, 2**-3.5, 2**0.5))
-    points = grid.product(
-        grid.over("model.width", (16, 32) if small else (32, 64)),
-        grid.over("train.batch_tokens", BATCHES[:2] if small else BATCHES),
-        grid.over("train.seed", (0,) if small else (0, 1)),
-        lrs,
+    words = argument.split(",") if argument else []
+    if not set(words) <= set(WORDS) or len(set(words)) < len(words) or ("small" in words and len(words) > 1):
+        raise UserError(f"the argument is {argument!r}: must be small, or some of {', '.join(WORDS)}, each once, or left out")
+    if "small" in words:
+        return small()
+    widths = [width for width in (32, 64) if not {f"width={other}" for other in (32, 64) if other != width} & set(words)]
+    seeds = {32: (0, 1), 64: (0,)}
+    batches, horizons = BATCHES, HORIZONS
+    config = base()
+    if "prose" in words:
+        config = runpy.run_path(str(Path(__file__).parent / "prose.py"))["on_prose"](config)
+    if "decay" in words:
+        config.schedule.name = "wsd"
+        widths, seeds, batches, horizons = [32], {32: (0,)}, BATCHES[1:6:2], HORIZONS[2:]
+    shapes = grid.chain(
+        *(grid.product(grid.over("model.width", (width,)), grid.over("train.seed", (seed,))) for width in widths for seed in seeds[width])
     )
-    if small:
-        return Study(base(small), points, horizons=tuple(tokens >> 5 for tokens in HORIZONS[:3]))
-    return Study(base(small), grid.where(points, near_the_best), horizons=HORIZONS)
+    points = grid.product(shapes, grid.chain(*(rates(batch, "prose" if "prose" in words else "sotu") for batch in batches)))
+    decay = {"decay_fraction": 0.2} if "decay" in words else {}
+    return Study(config, points, horizons=horizons, least_steps=LEAST_STEPS, max_members=8, **decay)
 
 
-def near_the_best(point: dict) -> bool:
-    """Whether the lr is within a factor of 4 of 2^-8·√(B/2^8)."""
-    best = 2**-8 * math.sqrt(point["train.batch_tokens"] / BATCHES[0])
-    return abs(math.log2(point["optimizer.lr"] / best)) < 2.01
+def rates(batch_tokens: int, text: str) -> grid.Grid:
+    """A batch size with the learning rates that are tried at it."""
+    middle = round(2 * math.log2(CENTRES[text] * (batch_tokens / BATCHES[0]) ** 0.45)) / 2
+    batch = grid.zip(
+        grid.over("train.batch_tokens", (batch_tokens,)),
+        grid.over("train.accumulation", (max(1, batch_tokens // MICROBATCH_TOKENS),)),
+    )
+    return grid.product(batch, grid.over("optimizer.lr", grid.geometric(2 ** (middle - 1.5), 2 ** (middle + 2), 2**0.5)))
 
 
-def base(small: bool):
+def small() -> Study:
+    points = grid.product(
+        grid.over("model.width", (16, 32)),
+        grid.over("train.batch_tokens", BATCHES[:2]),
+        grid.over("optimizer.lr", grid.geometric(2**-7, 2**-4, 2)),
+    )
+    config = base()
+    config.model.depth = 1
+    config.noise_scale.every = 1
+    config.schedule.warmup_tokens = 1 << 10
+    config.eval.tokens = 1 << 12
+    return Study(config, points, horizons=tuple(tokens >> 5 for tokens in HORIZONS[:3]))
+
+
+def base():
     config = default_config()
-    config.model.depth = 1 if small else 2
+    config.model.depth = 2
     config.model.head_dim = 16
     config.model.context = 64
     config.model.vocab_size = 256
     config.parametrization.base_width = 32
     config.parametrization.base_head_dim = 16
     config.schedule.name = "constant"
-    config.schedule.warmup_tokens = 1 << (10 if small else 14)
-    config.eval.tokens = 1 << (12 if small else 16)
+    config.schedule.warmup_tokens = 1 << 15
+    config.noise_scale.every = 4
+    config.eval.tokens = 1 << 16
     return config

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scaling_jax.sweep.study import Study
 
 ONE_FOR_ALL = ("constant", "wsd")  # schedules of which one trajectory serves all horizons
-_INTEGERS = {"cpus": 1, "tpus": 0, "max_members": 1, "stop_after_rises": 0}  # least values
+_INTEGERS = {"cpus": 1, "tpus": 0, "max_members": 1, "stop_after_rises": 0, "least_steps": 0}  # least values
 
 
 def taken(name: str, value: Any) -> Any:
@@ -127,6 +127,8 @@ def _use_faults(study: "Study", plain: dict[str, Any], assignments: list[dict[st
             "config.model.compute_dtype is 'fastest': a study measures once for all its points; must be float32 or bfloat16, with the "
             "study's compute_dtype='fastest'"
         )
+    if study.least_steps and not study.horizons:
+        faults.append(f"the study's least_steps is {study.least_steps}: says which horizons a point has, and there are none; must be 0")
     schedules = of("schedule.name")
     if study.decay_fraction and "wsd" not in schedules:
         faults.append(f"the study's decay_fraction is {study.decay_fraction}: is for schedule.name wsd, not {', '.join(sorted(schedules))}")

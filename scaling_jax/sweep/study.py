@@ -51,6 +51,7 @@ class Study:
     tpus: int = 0  # chips of one group under Ray
     max_members: int = 16  # most trajectories that train together
     stop_after_rises: int = 0  # no further horizon of a point whose held-out loss rose at so many in a row; 0 is off
+    least_steps: int = 0  # of train.batch_tokens after warmup, that a point must have taken by a horizon for it to have that one; 0 is all
 
 
 class Point(NamedTuple):
@@ -142,10 +143,17 @@ def resolve(study: Study, fingerprint_of: Callable[[dict[str, Any]], str] | None
         values["noise_scale.window_tokens"] = values["noise_scale.window_tokens"] or WHOLE_RUN
         horizons, derived = study.horizons or (values["train.tokens"],), ()
         if study.horizons:
-            values["train.tokens"], derived = horizons[-1], ("train.tokens",)
+            if study.least_steps:
+                horizons = tuple(horizon for horizon in horizons if steps_after_warmup(values, horizon) >= study.least_steps)
+            values["train.tokens"], derived = study.horizons[-1], ("train.tokens",)
         if study.decay_fraction and values["schedule.name"] == "wsd":
             values["schedule.decay_tokens"] = decay_tokens(study.decay_fraction, horizons[-1])
             derived += ("schedule.decay_tokens",)
+        if not horizons:
+            most = steps_after_warmup(values, study.horizons[-1])
+            few = f"has {most} steps after its warmup by the last horizon, {study.horizons[-1]}, and least_steps is {study.least_steps}"
+            faulty.append(f"point {describe(fields)}: {few}; take it out of the grid, or add a longer horizon")
+            continue
         if found := check.faults(fields, values, horizons):
             faulty.append(f"point {describe(fields)}: {'; '.join(found)}")
             continue
@@ -284,6 +292,11 @@ def end_tokens(values: Mapping[str, Any], horizon: int) -> int:
     train = {"tokens": horizon, "batch_tokens": values["train.batch_tokens"]}
     batch = {"schedule": values["batch.schedule"], "stages": values["batch.stages"]}
     return batch_schedule.end_tokens(ConfigDict({"train": train, "batch": batch}))
+
+
+def steps_after_warmup(values: Mapping[str, Any], horizon: int) -> int:
+    """Whole steps of the (first) batch size between the warmup and a horizon; negative where that is within the warmup."""
+    return (horizon - values["schedule.warmup_tokens"]) // values["train.batch_tokens"]
 
 
 def decay_tokens(fraction: float, horizon: int) -> int:
