@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs/sweeps"
 KAPLAN = ("nd", "steps", "shape", "transfer")
 FULL = ["time_transfer_cpu", "mup_transfer_cpu", *(f"kaplan_cpu:{which}" for which in KAPLAN), "time_transfer"]
+PROSE = ["time_transfer_cpu:prose", "time_transfer_cpu:prose,decay", "time_transfer_cpu:prose,width=32", "mup_transfer_cpu:prose"]
+PROSE += [f"kaplan_cpu:{which},prose" for which in KAPLAN]
 SMALL = ["time_transfer_cpu:small", "mup_transfer_cpu:small", *(f"kaplan_cpu:{which},small" for which in KAPLAN)]
 
 
@@ -52,7 +54,7 @@ def doc(name: str) -> str:
 
 
 def test_all_files_are_covered():
-    assert {name.partition(":")[0] for name in FULL} == {path.stem for path in FOLDER.glob("*.py")}
+    assert {name.partition(":")[0] for name in FULL} == {path.stem for path in FOLDER.glob("*.py")} - {"prose"}
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -76,12 +78,13 @@ def test_docstring_has_the_cost(name):
     assert re.search(r"(\d+|[\d.]+) (minutes|hours) on two CPU cores, estimated|chip-hours", doc(name))
 
 
-@pytest.mark.parametrize("name", [*FULL, *SMALL])
+@pytest.mark.parametrize("name", [*FULL, *SMALL, *PROSE])
 def test_every_point_is_another_run_at_all_its_horizons(name):
     points = points_of(name)
     assert len({point.id for point in points}) == len(points) == len(study_of(name).grid)
     for point in points:
-        assert point.horizons == (study_of(name).horizons or (point.values["train.tokens"],))
+        horizons = study_of(name).horizons or (point.values["train.tokens"],)
+        assert point.horizons == horizons[-len(point.horizons) :] and (len(point.horizons) == len(horizons) or study_of(name).least_steps)
         assert point.values["schedule.warmup_tokens"] < point.horizons[0]
 
 
@@ -93,20 +96,66 @@ def test_learning_rates_batches_and_horizons_reach_far_enough(name):
     assert len(values(name, "model.width")) >= 2 and values(name, "parametrization.name") == ["mup"]
     assert values(name, "schedule.name") == ["constant"] and len(values(name, "schedule.warmup_tokens")) == 1
     each = collections.Counter((p.values["model.width"], p.values["train.batch_tokens"], p.values["train.seed"]) for p in points_of(name))
-    assert min(each.values()) == max(each.values()) >= 9
+    assert min(each.values()) == max(each.values()) >= (9 if name == "time_transfer" else 8)
 
 
-def test_time_transfer_on_a_cpu_has_the_grid_that_it_says():
-    name = "time_transfer_cpu"
-    assert values(name, "model.width") == [32, 64] and values(name, "train.seed") == [0, 1]
-    assert values(name, "train.batch_tokens") == [2**k for k in range(8, 14)]
+@pytest.mark.parametrize("name", ["time_transfer_cpu", "time_transfer_cpu:prose"])
+def test_time_transfer_on_a_cpu_has_the_grid_that_it_says(name):
+    points = points_of(name)
+    seeds = {(width, seed) for width, seed in ((p.values["model.width"], p.values["train.seed"]) for p in points)}
+    assert seeds == {(32, 0), (32, 1), (64, 0)}
+    assert values(name, "train.batch_tokens") == [2**k for k in range(8, 16)]
     assert study_of(name).horizons == tuple(2**k for k in range(17, 23))
-    np.testing.assert_allclose(values(name, "optimizer.lr"), 2.0 ** np.arange(-10, -3.4, 0.5))
     for batch in values(name, "train.batch_tokens"):
-        lrs = sorted({p.values["optimizer.lr"] for p in points_of(name) if p.values["train.batch_tokens"] == batch})
-        assert len(lrs) == 9 and math.prod(lrs) ** (1 / 9) == pytest.approx(2**-8 * math.sqrt(batch / 256))
-    assert study_of(name).horizons[0] // values(name, "train.batch_tokens")[-1] == 16
-    assert len({t.class_key for t in trajectories(points_of(name))}) == 12  # widths and batches; all horizons and seeds together
+        lrs = sorted({p.values["optimizer.lr"] for p in points if p.values["train.batch_tokens"] == batch})
+        centre = (2**-7.3 if "prose" in name else 2**-8) * (batch / 256) ** 0.45
+        assert len(lrs) == 8 and abs(math.log2(math.prod(lrs) ** (1 / 8) / centre) - 0.25) <= 0.25 + 1e-9  # to half a step of the grid
+    for point in points:
+        batch, warmup, accumulation = (point.values[n] for n in ("train.batch_tokens", "schedule.warmup_tokens", "train.accumulation"))
+        assert all((horizon - warmup) / batch >= 100 for horizon in point.horizons) and batch / accumulation <= 2**12
+    reached = {b: {p.horizons for p in points if p.values["train.batch_tokens"] == b} for b in (2**8, 2**13, 2**15)}
+    assert reached == {2**8: {tuple(2**k for k in range(17, 23))}, 2**13: {(2**20, 2**21, 2**22)}, 2**15: {(2**22,)}}
+    assert len({t.class_key for t in trajectories(points)}) == 16  # widths and batches; seeds together
+
+
+def test_the_decayed_part_has_points_of_the_grid_it_repeats():
+    whole, decayed = points_of("time_transfer_cpu:prose"), points_of("time_transfer_cpu:prose,decay")
+    assert {tuple(p.fields.items()) for p in decayed} < {tuple(p.fields.items()) for p in whole}
+    assert {p.values["schedule.name"] for p in decayed} == {"wsd"} and study_of("time_transfer_cpu:prose,decay").decay_fraction == 0.2
+
+
+def test_a_width_by_itself_has_the_points_of_the_whole():
+    whole, part = points_of("time_transfer_cpu:prose"), points_of("time_transfer_cpu:prose,width=32")
+    assert [p.id for p in part] == [p.id for p in whole if p.values["model.width"] == 32]
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_studies_on_prose_share_their_text(name):
+    assert values(name, "data.path") == ["data/prose"] and values(name, "data.tokenizer") == ["data/prose.json"]
+    assert values(name, "model.vocab_size") == [1024]
+
+
+def test_mup_transfer_on_prose_has_three_batches_and_centred_rates():
+    name = "mup_transfer_cpu:prose"
+    assert values(name, "model.width") == [32, 64, 128, 256] and values(name, "train.batch_tokens") == [2**10, 2**11, 2**12]
+    lowest = {
+        kind: min(p.values["optimizer.lr"] for p in points_of(name) if p.values["parametrization.name"] == kind)
+        for kind in ("mup", "standard")
+    }
+    assert lowest == {"mup": 2**-9, "standard": 2**-11}
+
+
+def test_kaplan_on_prose_has_faster_rates_and_more_domains():
+    for which, factors in {"nd": {2}, "steps": {2}, "transfer": {1, 2, 4}}.items():
+        rates = {
+            p.values["optimizer.lr"] / (0.003239 - 0.0001395 * math.log(model_size(p.values)["params"]))
+            for p in points_of(f"kaplan_cpu:{which},prose")
+        }
+        assert {round(rate, 3) for rate in rates} == factors
+    assert len(study_of("kaplan_cpu:transfer,prose").base.data.eval_domains) == 3
+    assert [p.fields for p in points_of("kaplan_cpu:shape,prose")] == [p.fields for p in points_of("kaplan_cpu:shape")]
+    sizes = [model_size(p.values)["params"] for p in points_of("kaplan_cpu:transfer,prose")]
+    assert max(sizes) / min(sizes) >= 100
 
 
 def test_mup_transfer_has_the_grid_that_it_says():
@@ -174,7 +223,17 @@ def test_time_transfer_has_the_papers_models_and_learning_rates():
     assert len(points_of("time_transfer:32m,101m")) == 132
 
 
-@pytest.mark.parametrize("name", ["time_transfer_cpu:tiny", "mup_transfer_cpu:1", "kaplan_cpu:nd,tiny", "kaplan_cpu:n", "time_transfer:1b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "time_transfer_cpu:tiny",
+        "time_transfer_cpu:small,prose",
+        "mup_transfer_cpu:1",
+        "kaplan_cpu:nd,small,prose",
+        "kaplan_cpu:n",
+        "time_transfer:1b",
+    ],
+)
 def test_unknown_argument_is_refused_with_those_that_there_are(name):
     with pytest.raises(UserError, match="the argument is .*: must be "):
         study_of(name)

@@ -1,6 +1,6 @@
 """A planted world: the results table of a study whose laws are known.
 
-    world = World()                       # the design of configs/sweeps/time_transfer_cpu.py: 216 points, 6 horizons
+    world = World()                       # a design like that of configs/sweeps/time_transfer_cpu.py: 216 points, 6 horizons
     table = world.table(seed=0)           # a DataFrame with the columns of results.COLUMNS
     world.best_lr(batch, tokens, width)   # and the truth
     World(form="plateau", batches=(2048.0,)).table()

@@ -5,6 +5,11 @@
 Widths 32, 64, 128 and 256, at the first of which both parametrizations are one, each with learning rates 2^-12 … 2^-3 in steps of 2, cosine
 to a tenth over 2^19 tokens in batches of 2^11, on the State of the Union messages, byte by byte. Heads of 16 at every width.
 
+    scaling-jax sweep --config=configs/sweeps/mup_transfer_cpu.py:prose --workdir=runs/first/mup_transfer
+
+takes the first study's text (configs/sweeps/prose.py) and three batches, 2^10, 2^11 and 2^12, so that the slope in width has an interval;
+learning rates from 2^-9 under μP and from 2^-11 under standard.
+
     scaling-jax sweep --config=configs/sweeps/mup_transfer_cpu.py:small --workdir=runs/small
 
 has two widths, three learning rates and 2^12 tokens.
@@ -16,24 +21,43 @@ widths, to a step of the grid, and at that lr a loss that falls with width; unde
 ratio of the widths, 8, and at the lr that is best for width 32 a loss that gains less from width, or rises.
 """
 
+import runpy
+from pathlib import Path
+
 from scaling_jax.config import default_config
 from scaling_jax.errors import UserError
 from scaling_jax.sweep import grid
 from scaling_jax.sweep.study import Study
 
 WIDTHS = (32, 64, 128, 256)
+BATCHES = (1 << 10, 1 << 11, 1 << 12)  # on prose
 
 
 def get_study(argument: str = "") -> Study:
-    if argument not in ("", "small"):
-        raise UserError(f"the argument is {argument!r}: must be small, or left out")
+    if argument not in ("", "small", "prose"):
+        raise UserError(f"the argument is {argument!r}: must be small or prose, or left out")
     small = argument == "small"
+    if argument == "prose":
+        return prose()
     points = grid.product(
         grid.over("parametrization.name", ("standard", "mup")),
         grid.over("model.width", WIDTHS[:2] if small else WIDTHS),
         grid.over("optimizer.lr", grid.geometric(2**-8, 2**-6, 2) if small else grid.geometric(2**-12, 2**-3, 2)),
     )
     return Study(base(small), points)
+
+
+def prose() -> Study:
+    config = runpy.run_path(str(Path(__file__).parent / "prose.py"))["on_prose"](base(small=False))
+    config.schedule.warmup_tokens = 1 << 15
+    config.noise_scale.every = 4
+    config.eval.tokens = 1 << 16
+    lowest = {"mup": 2**-9, "standard": 2**-11}
+    tried = [
+        grid.product(grid.over("parametrization.name", (name,)), grid.over("optimizer.lr", grid.geometric(low, 2**-3, 2)))
+        for name, low in lowest.items()
+    ]
+    return Study(config, grid.product(grid.over("model.width", WIDTHS), grid.over("train.batch_tokens", BATCHES), grid.chain(*tried)))
 
 
 def base(small: bool):

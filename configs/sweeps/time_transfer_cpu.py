@@ -18,8 +18,8 @@ and horizons from 2^19 tokens, with a linear decay to zero over the last fifth o
 
 is the same with four learning rates, larger ones since it ends early, two batches, one seed and horizons of 2^12 … 2^14 tokens.
 
-Cost: 192 points in 768 cells, 8.1e8 tokens, 3.6e14 FLOPs (bytes) or 5e14 (prose); about 1.5 hours on two CPU cores. decay: 24 points in
-88 cells, 1.4e8 tokens; about 12 minutes.
+Cost: 192 points in 768 cells, 8.1e8 tokens, 2.9e14 FLOPs; 1.5 hours on two CPU cores, estimated from the time of a step. On prose
+5e14 FLOPs and as long. The decayed part: 24 points in 88 cells, 1.4e8 tokens; about 12 minutes.
 
 Expect, from theory and other people's measurements and not from this study: at small batches a best lr that rises as √B and falls with the
 horizon, between T^-1/4 and T^-1/2; at large ones less of both, beyond a batch that grows with the horizon as T^0.4 … T; the same best lr
