@@ -4,7 +4,7 @@
     scaling-jax sweep --config=configs/sweeps/time_transfer_cpu.py:prose --workdir=runs/first/time_transfer
     scaling-jax sweep --config=configs/sweeps/time_transfer_cpu.py:prose,decay --workdir=runs/first/time_transfer_decay
 
-Widths 32 and 64 under μP, batches 2^8 … 2^15 tokens, horizons 2^17 … 2^22 tokens, two seeds at the smaller width. Each batch has eight
+Widths 16, 32 and 64 under μP, batches 2^8 … 2^15 tokens, horizons 2^17 … 2^22 tokens, two seeds at width 32. Each batch has eight
 learning rates in steps of √2 about where a first look found the best one at 2^20 tokens, CENTRES·(B/2^8)^0.45. The lr is constant after
 2^15 tokens of warmup, whatever batch and horizon, so that one run serves all horizons; at the largest batch that is one step. A warmup that
 grows with the horizon would take a run for each. The grid is ragged: no cell has less than 100 steps after its warmup, so that the first
@@ -12,18 +12,18 @@ horizon has the smallest batches alone, and the largest batch only the last one.
 
 `prose` takes the first study's text instead (configs/sweeps/prose.py). `decay` is a part of the grid, width 32, one seed, three batches
 and horizons from 2^19 tokens, with a linear decay to zero over the last fifth of every horizon: constant-lr horizons measure another η*(T).
-`width=32` leaves the other width out: the same command without it then trains what is missing.
+`width=32` leaves the other widths out: the same command without it then trains what is missing.
 
     scaling-jax sweep --config=configs/sweeps/time_transfer_cpu.py:small --workdir=runs/small
 
 is the same with four learning rates, larger ones since it ends early, two batches, one seed and horizons of 2^12 … 2^14 tokens.
 
-Cost: 192 points in 768 cells, 8.1e8 tokens, 2.9e14 FLOPs; 1.5 hours on two CPU cores, estimated from the time of a step. On prose
-5e14 FLOPs and as long. The decayed part: 24 points in 88 cells, 1.4e8 tokens; about 12 minutes.
+Cost: 256 points in 1,024 cells, 1.1e9 tokens, 3.2e14 FLOPs; 1.7 hours on two CPU cores, estimated from the time of a step. On prose
+6e14 FLOPs and as long. The decayed part: 24 points in 88 cells, 1.4e8 tokens; about 12 minutes.
 
 Expect, from theory and other people's measurements and not from this study: at small batches a best lr that rises as √B and falls with the
 horizon, between T^-1/4 and T^-1/2; at large ones less of both, beyond a batch that grows with the horizon as T^0.4 … T; the same best lr
-at both widths; a loss that is flatter in the lr the longer the horizon. Which form the surface has (surge, plateau, or no kink) is open.
+at all widths; a loss that is flatter in the lr the longer the horizon. Which form the surface has (surge, plateau, or no kink) is open.
 """
 
 import math
@@ -35,7 +35,8 @@ from scaling_jax.errors import UserError
 from scaling_jax.sweep import grid
 from scaling_jax.sweep.study import Study
 
-WORDS = ("prose", "decay", "small", "width=32", "width=64")
+SEEDS = {16: (0,), 32: (0, 1), 64: (0,)}  # by width
+WORDS = ("prose", "decay", "small", *(f"width={width}" for width in SEEDS))
 BATCHES = tuple(1 << k for k in range(8, 16))
 HORIZONS = tuple(1 << k for k in range(17, 23))
 CENTRES = {"prose": 2**-7.3, "sotu": 2**-8.0}  # of learning rates at the smallest batch
@@ -49,17 +50,16 @@ def get_study(argument: str = "") -> Study:
         raise UserError(f"the argument is {argument!r}: must be small, or some of {', '.join(WORDS)}, each once, or left out")
     if "small" in words:
         return small()
-    widths = [width for width in (32, 64) if not {f"width={other}" for other in (32, 64) if other != width} & set(words)]
-    seeds = {32: (0, 1), 64: (0,)}
+    seeds = {width: of_width for width, of_width in SEEDS.items() if f"width={width}" in words} or SEEDS
     batches, horizons = BATCHES, HORIZONS
     config = base()
     if "prose" in words:
         config = runpy.run_path(str(Path(__file__).parent / "prose.py"))["on_prose"](config)
     if "decay" in words:
         config.schedule.name = "wsd"
-        widths, seeds, batches, horizons = [32], {32: (0,)}, BATCHES[1:6:2], HORIZONS[2:]
+        seeds, batches, horizons = {32: (0,)}, BATCHES[1:6:2], HORIZONS[2:]
     shapes = grid.chain(
-        *(grid.product(grid.over("model.width", (width,)), grid.over("train.seed", (seed,))) for width in widths for seed in seeds[width])
+        *(grid.product(grid.over("model.width", (width,)), grid.over("train.seed", of_width)) for width, of_width in seeds.items())
     )
     points = grid.product(shapes, grid.chain(*(rates(batch, "prose" if "prose" in words else "sotu") for batch in batches)))
     decay = {"decay_fraction": 0.2} if "decay" in words else {}
