@@ -84,6 +84,7 @@ _FIELD_COLUMNS = {
     "schedule.warmup_tokens": "warmup_tokens",
     "data.train_tokens": "data_tokens",
 }
+_TABLES = (".csv", ".parquet")
 _TEXTS = ("point", "group", "status", "reason", "parametrization", "schedule", "data")
 _COUNTS = ("tokens", "params", "total_params")  # integers that may be missing
 _INTEGERS = ("horizon_tokens", *(column for name, column in _FIELD_COLUMNS.items() if type(FIELDS[name].default) is int))
@@ -92,10 +93,11 @@ _OPTIONAL = tuple(name for name in COLUMNS if name.startswith("preconditioned_")
 
 
 def load(path: epath.PathLike, columns: Mapping[str, str] | None = None, required: Iterable[str] = ()) -> pandas.DataFrame:
-    """The table of a study's directory, or of a .csv or .parquet file, whoever wrote it.
+    """The table of a study's directory, or of a .csv or .parquet file, whoever wrote it, or of all such files in a directory together.
 
     Args:
-      path: local, or of a bucket.
+      path: local, or of a bucket. Files of a directory that is no study's are parts of one table: a column that one of them lacks is
+        empty there, and a run at a horizon that several have with the same loss stands there once.
       columns: for each name of ours the one that it has there, {'params': 'Model Size'}, or a multiple, {'batch_tokens': 'bs*2048'}; the
         other columns keep their names, but for those that go by a name of ours which is mapped to another.
       required: columns that the caller cannot do without; params, tokens and loss where a file has none of ours at all.
@@ -108,14 +110,18 @@ def load(path: epath.PathLike, columns: Mapping[str, str] | None = None, require
       UserError: there is no such file or study, or it is damaged; a column is not there; or a column of numbers holds something else.
     """
     path = epath.Path(path)
+    if path.is_dir() and (files := table_files(path)):
+        return _together([load(file, columns, required) for file in files])
     if path.is_dir():
         table = _study_table(path)
-    elif path.suffix in (".csv", ".parquet"):
+    elif path.suffix in _TABLES:
         table = _read_file(path, columns or {})
     elif not path.exists():
-        raise UserError(f"{path}: no such file or directory; must be a study's directory, or a .csv or .parquet file")
+        raise UserError(
+            f"{path}: no such file or directory; must be a study's directory, a .csv or .parquet file, or a directory of such files"
+        )
     else:
-        raise UserError(f"{path}: must be a study's directory, or a .csv or .parquet file")
+        raise UserError(f"{path}: must be a study's directory, a .csv or .parquet file, or a directory of such files")
     attrs = table.attrs
     table = _renamed(table, path, columns or {})
     for name in [name for name in table.columns if name in COLUMNS and name not in _TEXTS]:
@@ -131,6 +137,26 @@ def load(path: epath.PathLike, columns: Mapping[str, str] | None = None, require
         raise UserError(f"{path}: has no {', '.join(missing)}; columns must say {mapping}, with the names there: {_names(table.columns)}")
     table.attrs = attrs
     return table
+
+
+def table_files(directory: epath.PathLike) -> list[epath.Path]:
+    """The .csv and .parquet files of a directory that is no study's, sorted; none of a study's."""
+    directory = epath.Path(directory)
+    if (directory / PLAN).exists():
+        return []
+    return sorted((file for file in directory.iterdir() if file.suffix in _TABLES and not file.is_dir()), key=str)
+
+
+def _together(tables: list[pandas.DataFrame]) -> pandas.DataFrame:
+    derived = {}
+    for table in tables:
+        derived |= table.attrs.get("derived", {})
+        table.attrs = {}
+    whole = pandas.concat(tables, ignore_index=True)
+    if {"point", "horizon_tokens", "loss"} <= {*whole.columns}:
+        whole = whole.drop_duplicates(["point", "horizon_tokens", "loss"], ignore_index=True)
+    whole.attrs = {"derived": derived} if derived else {}
+    return whole
 
 
 def write_table(directory: epath.PathLike) -> pandas.DataFrame:

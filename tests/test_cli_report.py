@@ -35,6 +35,17 @@ def test_a_table_of_somebody_elses(tmp_path, capsys):
     assert "The table has no noise_scale_tokens." in text
 
 
+def test_a_directory_of_tables(tmp_path, capsys):
+    table = pandas.DataFrame({"params": SIZES, "tokens": 1e10, "loss": (8.8e13 / SIZES) ** 0.076})
+    (tmp_path / "both").mkdir()
+    table[:1].to_csv(tmp_path / "both/1.csv", index=False)
+    table[1:].to_parquet(tmp_path / "both/2.parquet")
+    assert main(["report", str(tmp_path / "both")]) == 0
+    assert "3 runs · 3 measurements · N = 100k to 1.6M" in text_of(tmp_path / "both/report/index.html")
+    assert main(["fit", str(tmp_path / "both"), "--law=kaplan_n"]) == 0
+    assert "alpha_n" in capsys.readouterr().out
+
+
 def test_a_study_that_is_half_done(tmp_path):
     over = grid.product(grid.over("model.width", [16, 32]), grid.over("optimizer.lr", [0.1, 0.2]))
     plan, points = planned(tmp_path, over)

@@ -177,10 +177,13 @@ def test_a_table_of_two_hundred_points_loads_in_less_than_a_second(tmp_path):
 
 def test_what_is_no_study_is_said(tmp_path):
     for path, said in (
-        (tmp_path / "none", "no such file or directory; must be a study's directory, or a .csv or .parquet file"),
+        (
+            tmp_path / "none",
+            "no such file or directory; must be a study's directory, a .csv or .parquet file, or a directory of such files",
+        ),
         (tmp_path / "none.csv", "no such file"),
         (tmp_path, "holds no study, there is no plan.json"),
-        (Path(__file__), "must be a study's directory, or a .csv or .parquet file"),
+        (Path(__file__), "must be a study's directory, a .csv or .parquet file, or a directory of such files"),
     ):
         with pytest.raises(UserError) as error:
             results.load(path)
@@ -308,3 +311,21 @@ def test_a_file_with_no_column_of_ours_is_told_what_to_map(tmp_path):
         results.load(tmp_path / "theirs.csv")
     (tmp_path / "some.csv").write_text("a,lr\n1,2\n")
     assert results.load(tmp_path / "some.csv")["lr"].tolist() == [2]
+
+
+def test_files_of_a_directory_are_parts_of_one_table(tmp_path):
+    first = pandas.DataFrame({"point": ["a", "a", "b"], "horizon_tokens": [1, 2, 1], "loss": [3.0, 2.0, 4.0], "seed": [0, 0, 1]})
+    second = pandas.DataFrame({"point": ["b", "c"], "horizon_tokens": [1, 1], "loss": [4.0, 5.0], "model.mlp": ["gelu", "swiglu"]})
+    first.to_parquet(tmp_path / "1.parquet")
+    second.to_csv(tmp_path / "2.csv", index=False)
+    (tmp_path / "laws.json").write_text("{}")
+    table = results.load(tmp_path)
+    assert list(zip(table.point, table.horizon_tokens, table.loss, strict=True)) == [("a", 1, 3), ("a", 2, 2), ("b", 1, 4), ("c", 1, 5)]
+    assert table.seed[:3].tolist() == [0, 0, 1] and np.isnan(table.seed[3]) and table["model.mlp"][3] == "swiglu"
+    second.assign(loss=[4.5, 5.0]).to_csv(tmp_path / "2.csv", index=False)  # then they disagree, which is for who reads it to refuse
+    assert len(results.load(tmp_path)) == 5
+
+
+def test_a_study_is_its_plan_and_not_the_files_beside_it(study):
+    pandas.DataFrame({"point": ["x"], "loss": [1.0]}).to_parquet(study[0] / "results.parquet")
+    assert "x" not in set(results.load(study[0]).point)

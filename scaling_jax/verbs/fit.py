@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "data", None, "a study's directory, or a .csv or .parquet table; the flag's name may be left out", flag_values=values
+        "data",
+        None,
+        "a study's directory, or a .csv or .parquet table or a directory of them; the flag's name may be left out",
+        flag_values=values,
     )
     flags.DEFINE_string("columns", "", f"what our columns are called there, {EXAMPLE}", flag_values=values)
     flags.DEFINE_string("law", "all", "laws to fit, comma-separated, or all that the data support", flag_values=values)

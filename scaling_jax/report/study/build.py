@@ -74,4 +74,4 @@ def report_table(
 def load(directory: epath.Path, columns: dict[str, str] | None = None) -> tuple[pandas.DataFrame, pandas.DataFrame | None]:
     """The table of a study or a file, and the courses of a study's runs."""
     table = results.load(directory, columns)
-    return table, results.curves(directory) if directory.is_dir() else None
+    return table, results.curves(directory) if (directory / results.PLAN).exists() else None
