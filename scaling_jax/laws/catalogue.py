@@ -12,9 +12,12 @@ from scaling_jax.laws import (
     critical_growth,
     kaplan,
     kaplan_allocation,
+    kaplan_curves,
+    kaplan_efficiency,
     kaplan_overfitting,
     kaplan_shape,
     kaplan_steps,
+    lr_bend,
     lr_optimum,
     lr_surface,
     other_laws,
@@ -23,8 +26,8 @@ from scaling_jax.laws import (
 )
 from scaling_jax.laws.finding import Analysis, Finding
 
-_TIME_TRANSFER = (lr_optimum, lr_surface, batch_optimum, batch_critical, critical_growth, sensitivity, width)
-_KAPLAN = (kaplan, kaplan_steps, kaplan_overfitting, kaplan_allocation, kaplan_shape)
+_TIME_TRANSFER = (lr_optimum, lr_surface, lr_bend, batch_optimum, batch_critical, critical_growth, sensitivity, width)
+_KAPLAN = (kaplan, kaplan_steps, kaplan_overfitting, kaplan_allocation, kaplan_curves, kaplan_efficiency, kaplan_shape)
 _FAMILIES = (*_TIME_TRANSFER, *_KAPLAN, chinchilla, other_laws)
 ANALYSES: dict[str, Analysis] = {analysis.name: analysis for family in _FAMILIES for analysis in family.ANALYSES}
 

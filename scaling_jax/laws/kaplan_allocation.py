@@ -10,8 +10,8 @@ from scaling_jax.laws import kaplan_forms as forms
 from scaling_jax.laws import kaplan_theory as theory
 from scaling_jax.laws.finding import Analysis, Finding, Number
 from scaling_jax.laws.fit import LawFit, fit
-from scaling_jax.laws.frontier import different_sizes, on_all_data, prepared, tuned
-from scaling_jax.laws.isoflop import bootstrapped, line, minima
+from scaling_jax.laws.frontier import different_sizes, interpolated, on_all_data, prepared, tuned
+from scaling_jax.laws.isoflop import bootstrapped, line, minima, takeovers
 from scaling_jax.laws.kaplan import data_observations, envelope_observations
 from scaling_jax.laws.kaplan_steps import least_compute_rows, of_critical_batch, of_steps, with_least_compute
 from scaling_jax.laws.rivals import against, derived, draws_of, from_draws
@@ -51,11 +51,18 @@ def allocation(table: pandas.DataFrame) -> Finding:
         said.append(f"{left} of {len(points)} budgets are left out: the best size lies at the edge of what was measured there")
     fits: dict[str, LawFit] = {}
     try:
-        fits, closed = _closed_form(table)
-        numbers += closed
-        said.append(_contradiction(numbers[0], closed[0], unit))
+        steps = of_steps(table).fits[forms.NS.name]
+        stops, sentence = _above_converged(steps, rows, budget)
+        try:
+            fits, closed = _closed_form(steps, table)
+            numbers += closed
+            said.append(_contradiction(numbers[0], closed[0], unit))
+        except UserError as error:
+            said.append(f"the closed form of Appendix B cannot be had: {error}")
+        numbers += stops
+        said.append(sentence)
     except UserError as error:
-        said.append(f"the closed form of Appendix B cannot be had: {error}")
+        said.append(f"the closed form of Appendix B, and how far above converged the frontier is, cannot be had: {error}")
     met, sentences = _meeting(table, courses, enclosed, numbers[2].value)
     return Finding("kaplan_allocation", what, fits, None, numbers + met, said + sentences, points, int(rows["run"].nunique()))
 
@@ -72,9 +79,55 @@ def _measured(points: pandas.DataFrame, drawn_Rx2: np.ndarray, unit: str) -> lis
     ]
 
 
-def _closed_form(table: pandas.DataFrame) -> tuple[dict[str, LawFit], list[Number]]:
-    fits = of_steps(table).fits | of_critical_batch(table).fits
-    steps, batch = fits[forms.NS.name], fits[forms.BCRIT.name]
+def frontier_losses(rows: pandas.DataFrame, budget: str) -> pandas.DataFrame:
+    """The loss of the best size at each budget at which one size takes over from the next.
+
+    The best size is there the geometric mean of the two. Its loss is below that of both, on a ladder of factors of 4 by more than 1%: it is
+    interpolated, a polynomial of ln L in ln N through the next two sizes on either side. Takeovers with fewer than three are left out.
+
+    Returns:
+      Columns flops, params, loss.
+    """
+    points = takeovers(rows, budget)
+    loss_SxK, sizes = interpolated(rows, points["flops"].to_numpy(), budget)
+    found = []
+    for k, (flops, params) in enumerate(zip(points["flops"], points["params"], strict=True)):
+        there_S = np.isfinite(loss_SxK[:, k])
+        off, log_loss = np.log(sizes[there_S].astype(float) / params), np.log(loss_SxK[there_S, k])
+        near = np.concatenate([np.flatnonzero(off < 0)[-2:], np.flatnonzero(off > 0)[:2]])
+        if len(near) > 2:
+            found.append((flops, params, float(np.exp(np.polyfit(off[near], log_loss[near], len(near) - 1)[-1]))))
+    return pandas.DataFrame(found, columns=["flops", "params", "loss"])
+
+
+def _above_converged(steps: LawFit, rows: pandas.DataFrame, budget: str) -> tuple[list[Number], str]:
+    """By what share the measured frontier lies above L(N, ∞) = (N_c/N)^α_N of the fitted L(N, S_min); beside it α_N/α_S of the same fit
+    (eq. B.5)."""
+    number = functools.partial(derived, laws=[steps], published=0.1, source=_CLOSED)
+    alpha_n, alpha_s, n_c = (steps.values[name] for name in ("alpha_n", "alpha_s", "n_c"))
+    drawn_n, drawn_s, drawn_c = (draws_of(steps, name)[:, None] for name in ("alpha_n", "alpha_s", "n_c"))
+    closed = number("frontier above converged by, α_N/α_S", alpha_n / alpha_s, (drawn_n / drawn_s)[:, 0], uses=("alpha_n", "alpha_s"))
+    points = frontier_losses(rows, budget)
+    theirs = f"{theory.SOURCE} have α_N/α_S, about 0.1"
+    if len(points) < 2:
+        few = f"one size takes over from the next, between others, at {len(points)} budgets, and 2 are needed"
+        return [closed], f"how far the frontier is above L(N, ∞) cannot be measured: {few}; {theirs}"
+    log_n_K, log_loss_K = np.log(points["params"].to_numpy()), np.log(points["loss"].to_numpy())
+    over = np.expm1(np.mean(log_loss_K - alpha_n * (np.log(n_c) - log_n_K)))
+    drawn_RxK = log_loss_K - drawn_n * (np.log(drawn_c) - log_n_K)
+    weight_RxK = np.random.default_rng(0).exponential(size=drawn_RxK.shape)  # their scatter is in the interval
+    drawn = np.expm1((weight_RxK * drawn_RxK).sum(axis=1) / weight_RxK.sum(axis=1))
+    note = f"mean of {len(points)} budgets"
+    where = "frontier above converged by, where sizes take over"
+    measured = number(where, float(over), drawn, uses=("n_c", "alpha_n"), note=note)
+    if measured.value is None:
+        return [measured, closed], f"how far the frontier is above L(N, ∞) cannot be told: {measured.note}; {theirs}"
+    return [measured, closed], against("the measured frontier over L(N, ∞), less 1,", *measured[1:4], 0.1, theory.SOURCE)
+
+
+def _closed_form(steps: LawFit, table: pandas.DataFrame) -> tuple[dict[str, LawFit], list[Number]]:
+    batch = of_critical_batch(table).fits[forms.BCRIT.name]
+    fits = {forms.NS.name: steps, forms.BCRIT.name: batch}
     k = theory.Training(**steps.values, **batch.values)
     count = min(len(steps.draws_RxP), len(batch.draws_RxP))
     drawn = theory.Training(**{name: draws_of(law, name)[:count] for law in (steps, batch) for name in law.form.names})
