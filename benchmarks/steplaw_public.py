@@ -5,7 +5,8 @@
 The file is StepLaw's (github.com/step-law/steplaw, data/dense_lr_bs_loss.csv; arXiv 2503.04715): AdamW, standard parametrization, 0.2B to
 1.1B parameters, 4B to 100B tokens, 17 grids of learning rate and batch size. Printed are: their laws of the best pair (η, B), fitted,
 beside what they publish; the rivals of η*(B, D, N), fitted to the minima in ln η, with intervals by resampling the 17 grids, and what they
-predict of budgets that they were not fitted to; and the bend of η*(B) in each grid with six batch sizes or more, by either form.
+predict of budgets that they were not fitted to; the bend of η*(B) in each grid with six batch sizes or more, by either form; and what
+becomes of η*(B) in each grid by no form.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from scaling_jax import results
 from scaling_jax.laws.critical_batch import kink_fit
 from scaling_jax.laws.finding import Number
+from scaling_jax.laws.lr_bend import find as find_bend
 from scaling_jax.laws.lr_optimum import lr_points
 from scaling_jax.laws.lr_surface import find as find_surface
 from scaling_jax.laws.other_laws import find_deepseek, find_steplaw
@@ -55,6 +57,8 @@ def main() -> None:
             print(f"| {name} | {fitted.rms:.3f} | {parameter} | {value:.3g} | {_ends(Number('', value, *fitted.intervals[parameter]))} |")
     print("\n" + "\n".join(surface.statements))
     bends(table)
+    verdicts = find_bend(table).points.groupby(["params", "tokens"])["verdict"].first()
+    print("\n" + "; ".join(f"{verdict}: {count}" for verdict, count in verdicts.value_counts().items()))
 
 
 def bends(table) -> None:
