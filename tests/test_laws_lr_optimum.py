@@ -240,6 +240,17 @@ def test_settings_that_go_with_the_horizon_or_the_size_are_said(early):
         assert not any("not the same throughout" in text for text in find(other).statements)
 
 
+def test_how_a_run_was_carried_out_is_no_setting():
+    """Accumulation does not change what a step is: cells are not taken apart by it, and nothing is said of it."""
+    table = World(seeds=2, widths=(32,), batches=(512.0, 2048.0)).table()
+    plain, apart = find(table), find(table.assign(**{"train.accumulation": table["seed"] + 1}))
+    assert len(apart.points) == len(plain.points) == 12
+    along = find(table.assign(**{"train.accumulation": np.where(table["batch_tokens"] > 1000, 2, 1)}))
+    assert along.statements == plain.statements
+    other = find(table.assign(**{"model.mlp_ratio": table["seed"] + 1.0}))
+    assert len(other.points) == 24
+
+
 def test_nullable_columns_and_rows_without_a_horizon():
     table = World(seeds=1, widths=(32,), batches=(512.0, 2048.0)).table()
     table["status"] = table["status"].astype("string")

@@ -13,6 +13,7 @@ import pandas
 
 from scaling_jax.errors import UserError
 from scaling_jax.laws.observations import checked, different
+from scaling_jax.laws.settings import grid_columns
 
 LEAST_REACH = 2.0  # factor that sizes span at least, where a law is about them: those of a study of shapes are one
 SAME_SIZE = 1e-3  # relative difference of `params` within which sizes are one: others' are often read off figures
@@ -83,7 +84,7 @@ def tuned(rows: pandas.DataFrame, by: Sequence[str]) -> pandas.DataFrame:
       In the order of `by`. Of a mean over seeds `run` is that of one of them, and `seeds` their number. `attrs["over"]` names the
       settings that were tuned over.
     """
-    settings = [name for name in rows.columns if name in _SETTINGS or "." in str(name)]
+    settings = [*(name for name in rows.columns if name in _SETTINGS), *grid_columns(rows)]
     keys = list(dict.fromkeys([*by, *settings]))
     grouped = rows.groupby(keys, sort=False, dropna=False)
     mean = rows.loc[grouped["loss"].idxmin()].set_index(keys)
@@ -221,7 +222,7 @@ def iso_loss(rows: pandas.DataFrame, least_batches: int = 4, most_targets: int =
 def early_stopped(rows: pandas.DataFrame) -> pandas.DataFrame:
     """Of each run its row of least loss, with `falling`: by which share the loss fell over the last doubling of tokens, where that row is
     the run's last; 0 where the loss rose after it, nan where the run is shorter. Rows of a run are alike in all settings and the seed."""
-    keys = [name for name in rows.columns if name in _SETTINGS or name == "seed" or "." in str(name)]
+    keys = [*(name for name in rows.columns if name in _SETTINGS or name == "seed"), *grid_columns(rows)]
     found = []
     for _, run in rows.sort_values("tokens").groupby(keys, sort=False, dropna=False):
         tokens, loss = run["tokens"].to_numpy(), run["loss"].to_numpy()

@@ -3,22 +3,28 @@
 from collections.abc import Sequence
 
 from scaling_jax.errors import UserError
+from scaling_jax.fields import FIELDS
 
 CELL = ("params", "width", "batch_tokens", "tokens")
 _SETTINGS = ("depth", "head_dim", "context", "weight_decay", "warmup_tokens", "data_tokens", "parametrization", "schedule")
 _RUNS_SHARED = ("constant", "wsd")  # schedules where one run serves all horizons
 
 
+def grid_columns(table) -> list[str]:
+    """Columns by dotted name, of fields that a grid set; but not those that only say how a run was carried out."""
+    return [str(name) for name in table.columns if "." in str(name) and not (name in FIELDS and FIELDS[name].execution)]
+
+
 def cell_columns(table) -> list[str]:
     """Columns that tell one cell of a study from another: all that its grid varies but the learning rate and the seed."""
-    dotted = [str(name) for name in table.columns if "." in str(name) and not str(name).startswith("optimizer.lr")]
+    dotted = [name for name in grid_columns(table) if not name.startswith("optimizer.lr")]
     differ = [name for name in (*_SETTINGS, *dotted) if name in table and table[name].nunique(dropna=False) > 1]
     sizes = [name for name in ("params", "width") if name in table]
     return [*sizes, *differ, "batch_tokens", "horizon_tokens" if "horizon_tokens" in table else "tokens"]
 
 
 def _settings(points) -> list[str]:
-    return [name for name in points.columns if name in _SETTINGS or "." in str(name)]
+    return [*(name for name in points.columns if name in _SETTINGS), *grid_columns(points)]
 
 
 def one_setting(points, same: Sequence[str] = CELL) -> None:
