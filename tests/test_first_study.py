@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,72 @@ def test_the_branched_run_is_of_the_study():
 @pytest.mark.parametrize("laws", sorted(FIRST.glob("*/laws.json")), ids=lambda path: path.parent.name)
 def test_laws_are_of_the_tables_beside_them(laws):
     assert json.loads(laws.read_text())["data"]["fingerprint"] == store.fingerprint(results.load(laws.parent))
+
+
+sys.path.insert(0, str(FIRST))
+import claims  # noqa: E402 (of the study's folder)
+from claims import Figure  # noqa: E402
+
+sys.path.remove(str(FIRST))
+
+
+@pytest.mark.parametrize(
+    ("rule", "figure", "verdict"),
+    [
+        (claims.sign(1), Figure(0.5, 0.2, 0.8), claims.SEEN),
+        (claims.sign(1), Figure(0.5, 0.2, None), claims.SEEN),
+        (claims.sign(1), Figure(-0.5, -0.8, -0.2), claims.NOT_SEEN),
+        (claims.sign(1), Figure(0.01, -0.05, 0.06), claims.NOT_SEEN),
+        (claims.sign(1), Figure(0.3, -0.05, 0.6), claims.UNDECIDED),
+        (claims.sign(-1), Figure(-0.3, -0.6, -0.1), claims.SEEN),
+        (claims.sign(-1), Figure(0.3, 0.1, 0.6), claims.NOT_SEEN),
+        (claims.sign(-1), Figure(None), claims.UNDECIDED),
+        (claims.unchanged(0.1), Figure(0.03, 0.01, 0.05), claims.SEEN),
+        (claims.unchanged(0.1), Figure(0.3, 0.2, 0.4), claims.NOT_SEEN),
+        (claims.unchanged(0.1), Figure(-0.3, None, -0.2), claims.NOT_SEEN),
+        (claims.unchanged(0.1), Figure(0.1, 0.05, 0.15), claims.UNDECIDED),
+        (claims.unchanged(0.1), Figure(0.0, None, 0.05), claims.UNDECIDED),
+        (claims.is_about(1, 0.5), Figure(0.9, 0.8, 1.1), claims.SEEN),
+        (claims.is_about(1, 0.5), Figure(0.9, 0.6, 1.2), claims.UNDECIDED),
+        (claims.is_about(1, 0.5), Figure(0.5, 0.4, 0.6), claims.NOT_SEEN),
+        (claims.is_about(1, 0.5), Figure(1.0, 0.9, None), claims.UNDECIDED),
+    ],
+)
+def test_verdicts_follow_from_intervals(rule, figure, verdict):
+    assert rule(figure) == verdict
+
+
+def test_a_claim_of_figures_that_differ_is_undecided(tmp_path):
+    numbers = [{"name": name, "value": value, "low": value - 0.1, "high": value + 0.1} for name, value in {"a": 1.0, "b": -1.0}.items()]
+    fits = {"f": {"parameters": {"p": {"value": 2.0, "low": 1.5, "high": None, "not_identified": None}}}}
+    laws = {"laws": {"law": {"numbers": numbers, "fits": fits}}, "not_fitted": {"other": "too few points"}}
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/laws.json").write_text(json.dumps(laws))
+    laws = claims.Laws(tmp_path)
+
+    def claim(**figures):
+        return claims.Claim(
+            "A paper", "it rises", "x", {name: ("study", *where) for name, where in figures.items()}, claims.sign(1), "part"
+        )
+
+    assert claims.verdict(claim(a=("law", "a")), laws) == claims.SEEN
+    assert claims.verdict(claim(b=("law", "b")), laws) == claims.NOT_SEEN
+    both = claim(a=("law", "a"), b=("law", "b"), p=("law", "f", "p"), none=("other", "q"))
+    assert claims.verdict(both, laws) == claims.UNDECIDED
+    row = claims.table([both, both._replace(figures={"x": ("not run", "law", "a")})], laws).splitlines()[2:]
+    figures = "a: 1.00 (0.90 to 1.10); b: −1.00 (−1.10 to −0.90); p: 2.00 (1.50 to ∞); none: not identified"
+    assert row == [f"| it rises (A paper) | x | {figures} | undecided at this scale | `part` |"]
+    with pytest.raises(KeyError, match="law has no number 'c', only"):
+        laws.figure(("study", "law", "c"))
+
+
+def test_claims_are_of_numbers_that_the_laws_have():
+    laws = claims.Laws()
+    for claim in claims.CLAIMS:
+        assert set(claim.parts.split()) <= set(PARTS)
+        for where in claim.figures.values():
+            if where[0] in laws.studies:
+                laws.figure(where)
 
 
 def test_it_is_small():
