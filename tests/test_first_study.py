@@ -2,10 +2,12 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scaling_jax import config as config_lib
@@ -48,6 +50,16 @@ def test_the_branched_run_is_of_the_study():
     assert any(point.fields.items() >= fields.items() for point in resolve(study))
     asked = re.search(r"--at_tokens=(\S+)", SCRIPT)[1]
     assert tuple(map(int, asked.split(","))) == config.checkpoint.keep_at_tokens
+
+
+def test_the_held_back_condition_lies_about_what_was_predicted():
+    about = runpy.run_path(str(FIRST / "held_back.py"))["about"]
+    points = list(about(64, 2.0, 4385.2, 0.01))
+    assert {point["train.batch_tokens"] for point in points} == {137 * 64}
+    np.testing.assert_allclose([point["optimizer.lr"] for point in points], 0.01 * 2.0 ** np.arange(-0.5, 1.6, 0.5))
+    if (FIRST / "held_back/prediction.json").exists():
+        study = load_study(str(FIRST / "held_back.py"))
+        assert len(resolve(study)) == 15 and study.horizons[-1] == 1 << 23
 
 
 @pytest.mark.parametrize("laws", sorted(FIRST.glob("*/laws.json")), ids=lambda path: path.parent.name)
