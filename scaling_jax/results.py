@@ -149,12 +149,17 @@ def table_files(directory: epath.PathLike) -> list[epath.Path]:
 
 def _together(tables: list[pandas.DataFrame]) -> pandas.DataFrame:
     derived = {}
+    of_studies = any("horizon_tokens" in table for table in tables)
     for table in tables:
         derived |= table.attrs.get("derived", {})
         table.attrs = {}
+        if of_studies and "horizon_tokens" not in table and "tokens" in table:
+            table["horizon_tokens"] = table["tokens"]
     whole = pandas.concat(tables, ignore_index=True)
-    if {"point", "horizon_tokens", "loss"} <= {*whole.columns}:
-        whole = whole.drop_duplicates(["point", "horizon_tokens", "loss"], ignore_index=True)
+    same = ["point", "horizon_tokens", "loss"]
+    if {*same} <= {*whole.columns}:
+        again = whole.duplicated(same) & whole[same].notna().all(axis=1)
+        whole = whole[~again].reset_index(drop=True)
     whole.attrs = {"derived": derived} if derived else {}
     return whole
 

@@ -379,6 +379,8 @@ def test_stretches_end_between_paragraphs():
 
     assert stretches("a b c\n\nde f g h\n\n" + "i" * 15) == ["a b c\n\nde f g h\n\n", "i" * 15]  # the last blank line in reach
     assert stretches("a\n\n" + "b " * 10 + "c") == ["a\n\n" + "b " * 7 + "b", " b b c"]  # a first paragraph of two letters is none
+    spaced = "a b c de f\r\n \t\r\n"  # a blank line may have spaces
+    assert stretches(spaced + "c" + " d" * 9) == [spaced, "c" + " d" * 9]
     assert stretches("a" * 50) == ["a" * 20, "a" * 20, "a" * 10]
     rng = np.random.default_rng(0)
     for _ in range(100):

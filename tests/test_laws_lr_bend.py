@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import pandas
 import pytest
 from worlds import TOKENS, World
 
@@ -235,3 +236,15 @@ def test_settings_that_differ_are_refused():
     table["warmup_tokens"] = np.where(table["seed"] == 0, 2**12, 2**13)
     with pytest.raises(UserError, match="warmup_tokens differ at the same size"):
         find(table)
+
+
+def test_widths_of_one_size_are_sizes_of_their_own():
+    table = World(widths=(32,), batches=WIDE, seeds=1).table(seed=0)
+    other = World(widths=(32,), batches=WIDE, seeds=1, batch_crit=512.0).table(seed=1).assign(width=48)
+    other["point"] = "o" + other["point"]
+    together = find(pandas.concat([table, other], ignore_index=True))
+    for width, alone in ((32, find(table)), (48, find(other))):
+        mine = {n.name.removesuffix(f", width {width}"): n for n in together.numbers if n.name.endswith(f", width {width}")}
+        assert mine.keys() == {n.name for n in alone.numbers}
+        assert all(mine[n.name].value == pytest.approx(n.value) for n in alone.numbers if n.value is not None)
+    assert len({n.name for n in together.numbers}) == len(together.numbers)

@@ -60,6 +60,19 @@ def test_numbers_that_may_be_missing_become_floats():
             checked(table(**{column: [value, 1, 1, 1]}))
 
 
+def test_rows_of_unknown_points_or_batches_are_no_contradiction():
+    rows = pandas.DataFrame(
+        {"point": ["a", "a", None, None], "params": 1e5, "tokens": 1e6, "lr": [0.1, 0.1, 0.1, 0.2], "loss": [3.0, 3.0, 2.0, 2.1]}
+    )
+    assert len(checked(rows)) == 4  # of the last two the lr tells them apart
+    with pytest.raises(UserError, match=r"rows 3 and 4 are one run \(params=100000.0"):
+        checked(rows.assign(lr=0.1))
+    theirs = pandas.DataFrame({"params": 1e5, "tokens": 1e6, "lr": 0.1, "batch_tokens": [64.0, np.nan, np.nan], "loss": [3.0, 2.0, 2.1]})
+    assert len(checked(theirs)) == 3
+    with pytest.raises(UserError, match="are one run"):
+        checked(theirs.drop(columns="batch_tokens"))
+
+
 def test_equal_losses_of_equal_rows_and_other_seeds_are_no_contradiction():
     alike = {"params": [1e6] * 4, "tokens": [1e7] * 4}
     assert len(checked(table(**alike, loss=[4.0] * 4))) == 4

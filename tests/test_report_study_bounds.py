@@ -7,6 +7,7 @@ from test_report_study_laws import BEST, drawn, finding, grid_rows, source
 
 from scaling_jax.errors import UserError
 from scaling_jax.report.study import batch, lr
+from scaling_jax.report.study.plot import one_setting
 
 
 def test_only_bounds_are_open_triangles():
@@ -40,3 +41,11 @@ def test_where_three_rates_are_missing_there_is_neither_a_minimum_nor_a_bound():
     assert "1 minima" in plot.caption and "and 1 bounds" in plot.caption and 1e10 not in set(plot.data["tokens"])
     with pytest.raises(UserError, match="at no size and horizon do three batch sizes"):
         batch.best_batch(source(rows, batch_optimum=finding("b", batches.assign(bound="too few"))))
+
+
+def test_how_runs_were_carried_out_hides_none_of_them():
+    rows = pandas.DataFrame({"params": 1e5, "batch_tokens": [64.0, 128.0, 256.0], "train.accumulation": [1, 2, 4]})
+    kept, said = one_setting(rows)
+    assert len(kept) == 3 and said == ""
+    kept, said = one_setting(rows.rename(columns={"train.accumulation": "model.mlp_ratio"}))
+    assert len(kept) == 1 and "model.mlp_ratio 1" in said

@@ -326,6 +326,14 @@ def test_files_of_a_directory_are_parts_of_one_table(tmp_path):
     assert len(results.load(tmp_path)) == 5
 
 
+def test_parts_of_a_table_without_points_or_horizons_lose_no_rows(tmp_path):
+    pandas.DataFrame({"point": ["a"], "horizon_tokens": [8], "tokens": [8], "loss": [3.0]}).to_csv(tmp_path / "1.csv")
+    theirs = pandas.DataFrame({"params": [1e5, 2e5, 3e5], "tokens": [8, 8, 9], "loss": [2.0, 2.0, 1.0]})
+    theirs.to_csv(tmp_path / "2.csv", index=False)
+    table = results.load(tmp_path)
+    assert table.horizon_tokens.tolist() == [8, 8, 8, 9] and table.loss.tolist() == [3, 2, 2, 1]
+
+
 def test_a_study_is_its_plan_and_not_the_files_beside_it(study):
     pandas.DataFrame({"point": ["x"], "loss": [1.0]}).to_parquet(study[0] / "results.parquet")
     assert "x" not in set(results.load(study[0]).point)

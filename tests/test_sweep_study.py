@@ -315,6 +315,9 @@ def test_a_ragged_grid_has_no_horizon_of_few_steps_after_warmup():
     assert {point.values["train.tokens"] for point in found} == {11_265}
     with pytest.raises(UserError, match=r"batch_tokens=1024: has 10 steps after its warmup by the last horizon, 11265, and .* is 11;"):
         resolve(Study(config, points, horizons=horizons, least_steps=11))
+    config.schedule.name = "wsd"
+    with pytest.raises(UserError, match="batch_tokens=1024: has 10 steps"):
+        resolve(Study(config, points, horizons=horizons, least_steps=11, decay_fraction=0.2))
     with pytest.raises(UserError, match="least_steps is 5: .* must be 0"):
         resolve(Study(config, points, least_steps=5))
 

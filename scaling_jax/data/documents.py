@@ -6,6 +6,7 @@ import glob
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ PIECE = 1 << 16  # most characters of a piece
 LINE = 1 << 24  # most bytes of a line of .jsonl: lists of lists take 27 times as much memory
 _PARQUET_READ = 1 << 23  # bytes of text, about, that are taken from a .parquet at once
 _PARQUET_ROWS = 16  # most rows of them: rows can be far larger than their column's size tells, where they repeat
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 _NAMES = 10  # most names of fields that a message lists
 _DECODER = json.JSONDecoder(parse_int=float)  # Python's own integers end at 4,300 digits
 
@@ -353,10 +355,19 @@ def split_text(chunks: Iterable[str], separator: str, stretch: int = 0) -> Itera
                 yield buffer[start:], True
                 start = len(buffer)
             else:
-                paragraph = buffer.rfind("\n\n", start + most // 2, start + most) if stretch else -1
-                cut = paragraph + 2 if paragraph >= 0 else _last_cut(buffer, start, start + most)
+                cut = (_after_paragraph(buffer, start + most // 2, start + most) if stretch else 0) or _last_cut(
+                    buffer, start, start + most
+                )
                 yield buffer[start:cut], bool(stretch)
                 start = cut
+
+
+def _after_paragraph(text: str, start: int, limit: int) -> int:
+    """Where the line after the last blank one begins that ends by `limit`; 0 if there is none after `start`."""
+    found = 0
+    for match in _BLANK_LINE.finditer(text, start, limit):
+        found = match.end()
+    return found
 
 
 def _last_cut(text: str, start: int, limit: int) -> int:

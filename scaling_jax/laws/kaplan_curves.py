@@ -249,7 +249,9 @@ def _reservations(points: pandas.DataFrame, found: pandas.DataFrame, one_batch: 
         said.append("each size is at its own best batch size")
     if left := found["size"].nunique() - points["size"].nunique():
         said.append(f"sizes left out for having fewer than {LEAST_EARLY} horizons in the first third: {left}")
-    if "schedule" in points and (decayed := sorted(set(points["schedule"].dropna().astype(str)) - {"constant"})):
+    if "schedule" not in points:
+        said.append("the table does not say the schedule: its horizons may be ends of runs of their own, and no points of one curve")
+    elif decayed := sorted(set(points["schedule"].dropna().astype(str)) - {"constant"}):
         said.append(f"with the schedule {', '.join(decayed)} a horizon may be the end of a run of its own, and no point of one curve")
     return said
 

@@ -130,7 +130,9 @@ def _said(points: pandas.DataFrame, ends: tuple[float, float], span: float, time
             f"the slope moves with the loss, from {slopes[high]:.3g} at {high:.4g} nats to {slopes[low]:.3g} at {low:.4g} nats, at batches "
             f"of {batch:.4g} tokens: one power is a mean over these"
         )
-    missing = points["params"].nunique() - points.groupby("level")["params"].nunique()
+    sizes = points.groupby("batch_tokens")["params"].nunique()  # that have that batch size
+    level = points.groupby("level")
+    missing = level["batch_tokens"].first().map(sizes) - level["params"].nunique()
     if (missing > 0).any():
         said.append(
             f"at {int((missing > 0).sum())} of {len(missing)} levels some sizes are missing, which never got so low or were lower from the "

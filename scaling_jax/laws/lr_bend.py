@@ -6,6 +6,7 @@ straight lines and once with the rounded corner that surge and plateau (see `lr_
 own errors, or that of the scatter about the lines by Student's t, whichever is wider.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -205,11 +206,11 @@ def find(table, resamples: int = 400, seed: int = 0) -> Finding:
     minima(table, optima)  # for what it refuses
     points = optima.points.reset_index(drop=True)
     cases, rows, few = [], [], []
-    several = len(points[["params", "width"]].drop_duplicates()) > 1
+    names = _size_names(points)
     for (params, width, tokens), cells in points.groupby(["params", "width", "tokens"], dropna=False, sort=True):
         cells = cells.sort_values("batch_tokens")
         inside = cells[cells["censored"] == ""]
-        size = "" if not several else f"N = {params:.4g}" if np.isfinite(params) else f"width {width:g}"
+        size = names(params, width)
         if len(inside) < LEAST:
             few.append((len(inside), f"T = {tokens:.4g}{', ' if size else ''}{size}"))
             continue
@@ -232,6 +233,19 @@ def find(table, resamples: int = 400, seed: int = 0) -> Finding:
     numbers = _numbers(cases, draws_RxC)
     statements = _verdicts(cases, runs_shared(table)) + _edges(cases, frame, few) + _caveats(cases) + confounded(points)
     return Finding("lr_bend", TITLE, {}, None, numbers, statements, frame, count_runs(table))
+
+
+def _size_names(points) -> Callable[[float, float], str]:
+    """What a size is called: by N, by width where sizes of one N differ in it, or not at all where there is one size."""
+    sizes = points[["params", "width"]].drop_duplicates()
+    by_params, by_width = sizes["params"].nunique() > 1, sizes.duplicated("params").any()
+    known = set(sizes["params"].dropna())
+    digits = next(n for n in (4, 6, 17) if len({f"{value:.{n}g}" for value in known}) == len(known))
+
+    def name(params: float, width: float) -> str:
+        return ", ".join([f"N = {params:.{digits}g}"] * bool(by_params and np.isfinite(params)) + [f"width {width:g}"] * bool(by_width))
+
+    return name
 
 
 def _row(case: _Case, cells) -> dict[str, Any]:

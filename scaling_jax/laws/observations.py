@@ -101,11 +101,15 @@ def _no_contradiction(rows: pandas.DataFrame) -> None:
         for name in rows.columns
         if name not in _MEASURED and not str(name).startswith(("loss_", "bits_per_byte_")) and (name in results.COLUMNS or _few(rows[name]))
     ]
-    if "point" in rows:  # a digest of the config and the data
+    if "point" in rows and rows["point"].notna().any():  # a digest of the config and the data
+        if rows["point"].isna().any():
+            _no_contradiction(rows[rows["point"].isna()].drop(columns="point"))
+            rows = rows[rows["point"].notna()]
         chosen = [name for name in ("point", "horizon_tokens", "tokens") if name in rows]
     if not {"params", "tokens", "lr", "point", "flops"} & {*chosen} or "loss" not in rows:
         return
-    twice = rows[rows.duplicated(chosen, keep=False)]
+    known = [name for name in chosen if rows[name].notna().any()]
+    twice = rows[rows.duplicated(chosen, keep=False) & rows[known].notna().all(axis=1)]  # of what is not known nobody can tell
     if len(twice) == 0:
         return
     run = twice.groupby(chosen, sort=False, dropna=False).ngroup().to_numpy()

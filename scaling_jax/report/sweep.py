@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from scaling_jax.laws.settings import grid_columns
 from scaling_jax.sweep.status import DONE, clock, common_fields, group_seconds, group_status
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def outcome_text(table: "pandas.DataFrame", failed: Mapping[str, str], path: Any
     lines += [f"{'failed':<24}group {group}: {reason}" for group, reason in failed.items()]
     finished = table[table["status"] == "finished"]
     varied = [name for name in _POINT_COLUMNS if name in table and table[name].nunique(dropna=False) > 1]
-    varied += [name for name in table if "." in name]
+    varied += grid_columns(table)
     for horizon, cells in finished.groupby("horizon_tokens"):
         if cells["loss"].notna().any():
             best = cells.loc[cells["loss"].idxmin()]

@@ -145,15 +145,15 @@ def resolve(study: Study, fingerprint_of: Callable[[dict[str, Any]], str] | None
         if study.horizons:
             if study.least_steps:
                 horizons = tuple(horizon for horizon in horizons if steps_after_warmup(values, horizon) >= study.least_steps)
+            if not horizons:
+                most = steps_after_warmup(values, study.horizons[-1])
+                few = f"has {most} steps after its warmup by the last horizon, {study.horizons[-1]}, and least_steps is {study.least_steps}"
+                faulty.append(f"point {describe(fields)}: {few}; take it out of the grid, or add a longer horizon")
+                continue
             values["train.tokens"], derived = study.horizons[-1], ("train.tokens",)
         if study.decay_fraction and values["schedule.name"] == "wsd":
             values["schedule.decay_tokens"] = decay_tokens(study.decay_fraction, horizons[-1])
             derived += ("schedule.decay_tokens",)
-        if not horizons:
-            most = steps_after_warmup(values, study.horizons[-1])
-            few = f"has {most} steps after its warmup by the last horizon, {study.horizons[-1]}, and least_steps is {study.least_steps}"
-            faulty.append(f"point {describe(fields)}: {few}; take it out of the grid, or add a longer horizon")
-            continue
         if found := check.faults(fields, values, horizons):
             faulty.append(f"point {describe(fields)}: {'; '.join(found)}")
             continue

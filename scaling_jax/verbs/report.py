@@ -42,7 +42,7 @@ def _run(values: flags.FlagValues) -> int:
     use_compilation_cache()
     if is_table or (source / results.PLAN).exists():
         table, curves = build.load(source, columns)
-        written = build.report_table(table, curves, source.name if source.is_dir() else source.stem, out, catalogue.analyse)
+        written = build.report_table(table, curves, (source.name or "table") if source.is_dir() else source.stem, out, catalogue.analyse)
     elif is_run:
         written = run.report_run_page(source, source.name, out)
     else:

@@ -9,6 +9,7 @@ import pandas
 from scaling_jax.errors import UserError
 from scaling_jax.laws.finding import Finding
 from scaling_jax.laws.frontier import SAME_SIZE, near_groups
+from scaling_jax.laws.settings import grid_columns
 from scaling_jax.report.figures import save_figure
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -76,7 +77,7 @@ def one_setting(rows: pandas.DataFrame, but: tuple[str, ...] = ()) -> tuple[pand
     `but` are columns that may vary. What differs with N alone, as depth and width do, is no setting.
     """
     said = []
-    for name in [name for name in rows.columns if (name in _TEXTS or "." in name) and name not in but]:
+    for name in [name for name in rows.columns if (name in _TEXTS or name in grid_columns(rows)) and name not in but]:
         if rows[name].nunique() > 1 and ("params" not in rows or (rows.groupby("params")[name].nunique() > 1).any()):
             common = rows[name].mode().iloc[0]
             rows = rows[rows[name] == common]
