@@ -151,7 +151,7 @@ WIDTHS = "time_transfer_16 time_transfer_32 time_transfer_64"
 NOISE_IN_T = _of("critical_growth", "growth_tokens", "tokens_exponent")
 AT_EQUAL_T, AT_EQUAL_L = (_of("critical_growth", f"B_crit ∝ N^r at equal {what}") for what in ("tokens", "loss"))
 DETRENDED = _of("batch_critical", "the same beyond the trends in T (noise)")
-REGIMES = {f"x at B = {batch:,}": _of("lr_regimes", f"η* ∝ T^x at B = {batch}") for batch in (256, 16384)}
+REGIMES = {f"x at B = {batch:,}": _of("lr_regimes", f"η* ∝ T^x at B = {batch}") for batch in (256, 8192)}
 FORMS = {f"p by {form}": _of("lr_surface", f"B_crit ∝ T^p by {form}") for form in ("surge", "plateau")}
 CLAIMS = (
     Claim(
