@@ -99,7 +99,8 @@ def _load(spec: str, overrides: Mapping[str, Any]) -> ConfigDict:
 
 def _flag_rows(values: flags.FlagValues) -> list[str]:
     rows = [(f"--{key}", values[key].help, values[key].default) for key in values]
-    lines = [f"  {flag:<20}{text}{f'; by default {default}' if default else ''}" for flag, text, default in rows]
+    width = max(20, *(len(flag) + 2 for flag, *_ in rows))
+    lines = [f"  {flag:<{width}}{text}{f'; by default {default}' if default else ''}" for flag, text, default in rows]
     if "config" not in values:
         return lines
     fields = [f"  --config.{name:<32}{field.doc}; by default {field.default!r}" for name, field in config_lib.FIELDS.items()]

@@ -36,10 +36,11 @@ def lose_hosts():
 def have_hosts():
     for host in hosts:
         uv = home(host) / ".local/bin/uv"
-        if not uv.exists():  # a job may be running it, and what is being written cannot be run
-            uv.parent.mkdir(parents=True, exist_ok=True)
-            uv.write_text((root / "uv").read_text())
-            uv.chmod(0o755)
+        uv.parent.mkdir(parents=True, exist_ok=True)
+        made = uv.with_name("uv.new")  # a job may be running the other, and what is being written cannot be run
+        made.write_text((root / "uv").read_text())
+        made.chmod(0o755)
+        made.rename(uv)
 
 verb = words[3]
 if verb == "list":
