@@ -7,8 +7,8 @@ to a tenth over 2^19 tokens in batches of 2^11, on the State of the Union messag
 
     scaling-jax sweep --config=configs/sweeps/mup_transfer_cpu.py:prose --workdir=runs/first/mup_transfer
 
-takes the first study's text (configs/sweeps/prose.py) and three batches, 2^10, 2^11 and 2^12, so that the slope in width has an interval;
-learning rates from 2^-9 under μP and from 2^-11 under standard.
+takes the first study's text (configs/sweeps/prose.py), 2^18 tokens and three batches, 2^9, 2^10 and 2^11, so that the slope in width has an
+interval; learning rates from 2^-9 under μP and from 2^-11 under standard.
 
     scaling-jax sweep --config=configs/sweeps/mup_transfer_cpu.py:small --workdir=runs/small
 
@@ -30,7 +30,7 @@ from scaling_jax.sweep import grid
 from scaling_jax.sweep.study import Study
 
 WIDTHS = (32, 64, 128, 256)
-BATCHES = (1 << 10, 1 << 11, 1 << 12)  # on prose
+BATCHES = (1 << 9, 1 << 10, 1 << 11)  # on prose
 
 
 def get_study(argument: str = "") -> Study:
@@ -50,6 +50,7 @@ def get_study(argument: str = "") -> Study:
 def prose() -> Study:
     config = runpy.run_path(str(Path(__file__).parent / "prose.py"))["on_prose"](base(small=False))
     config.schedule.warmup_tokens = 1 << 15
+    config.train.tokens = 1 << 18
     config.noise_scale.every = 4
     config.eval.tokens = 1 << 16
     lowest = {"mup": 2**-9, "standard": 2**-11}

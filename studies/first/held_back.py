@@ -1,7 +1,7 @@
-"""The condition that was held back: width 128 and 2^23 tokens, at five learning rates and three batches about what `plan` had said of it.
+"""The condition that was held back: width 96 and 2^23 tokens, at five learning rates and three batches about what `plan` had said of it.
 
-    scaling-jax plan --laws=studies/first/time_transfer/laws.json --params=393216 --tokens=8388608 --json > studies/first/held_back/prediction.json
-    scaling-jax sweep --config=studies/first/held_back.py --workdir=runs/first/held_back/width_128
+    scaling-jax plan --laws=studies/first/time_transfer/laws.json --params=221184 --tokens=8388608 --json > studies/first/held_back/prediction.json
+    scaling-jax sweep --config=studies/first/held_back.py --workdir=runs/first/held_back/width_96
 
 Half, once and twice the predicted batch, with learning rates in steps of √2 about the predicted one times the root of the batch's factor.
 Horizons of a half and a quarter of the tokens are there for the error of the minima, which is that of the scatter about parabolas.
@@ -16,7 +16,7 @@ from scaling_jax.sweep.study import Study
 
 HERE = Path(__file__).parent
 SWEEPS = HERE.parents[1] / "configs/sweeps"
-WIDTH, TOKENS = 128, 1 << 23
+WIDTH, TOKENS = 96, 1 << 23
 
 
 def get_study(argument: str = "") -> Study:
