@@ -116,3 +116,10 @@ def test_columns():
         "batch_tokens": "bs*2048",
     }
     assert parse_columns("") == {}
+
+
+def test_a_law_that_is_identified_in_part_is_told(capsys):
+    """Of shapes that get better up to the edge of what was tried: the excess is known, the best aspect is not."""
+    assert main(["fit", str(Path(__file__).parents[1] / "studies/first/kaplan_shape"), "--law=kaplan_shape"]) == 0
+    out = capsys.readouterr().out
+    assert "largest excess over the best shape" in out and "best_aspect is not identified" in out

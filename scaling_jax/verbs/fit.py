@@ -76,7 +76,7 @@ def _tells(finding: "Finding | str") -> bool:
         return False
     if not finding.fits:
         return "censored" not in finding.points or not finding.points["censored"].astype(bool).all()
-    fits = any(fitted.identified and len(fitted.draws_RxP) for fitted in finding.fits.values())
+    fits = any(len(fitted.draws_RxP) and {*fitted.values} - {*fitted.unidentified} for fitted in finding.fits.values())
     return fits or any(one.value is not None and (one.low is not None or one.high is not None) for one in finding.numbers)
 
 
