@@ -151,13 +151,11 @@ WIDTHS = "time_transfer_16 time_transfer_32 time_transfer_64"
 NOISE_IN_T = _of("critical_growth", "growth_tokens", "tokens_exponent")
 AT_EQUAL_T, AT_EQUAL_L = (_of("critical_growth", f"B_crit ∝ N^r at equal {what}") for what in ("tokens", "loss"))
 DETRENDED = _of("batch_critical", "the same beyond the trends in T (noise)")
-REGIMES = {f"x at B = {batch:,}": _of("lr_regimes", f"η* ∝ T^x at B = {batch}") for batch in (256, 8192)}
+SMALL_B, LARGE_B = ({f"x at B = {batch:,}": _of("lr_regimes", f"η* ∝ T^x at B = {batch}")} for batch in (256, 8192))
 FORMS = {f"p by {form}": _of("lr_surface", f"B_crit ∝ T^p by {form}") for form in ("surge", "plateau")}
 CLAIMS = (
-    Claim(
-        TT1, "η* falls as 1/√T at small batches", "exponent at the smallest B", dict(list(REGIMES.items())[:1]), is_about(-0.5, 0.3), WIDTHS
-    ),
-    Claim(TT1, "η* rises as √T at large batches", "exponent at a large B", dict(list(REGIMES.items())[1:]), sign(1), WIDTHS),
+    Claim(TT1, "η* falls as 1/√T at small batches", "exponent at the smallest B", SMALL_B, is_about(-0.5, 0.3), WIDTHS),
+    Claim(TT1, "η* rises as √T at large batches", "exponent at a large B", LARGE_B, sign(1), WIDTHS),
     Claim(TT, "B_crit, where η*(B) bends, grows as T", "rival forms of η*(B, T)", FORMS, is_about(1.0, 0.5), WIDTHS),
     Claim(TT, "B_crit grows as T", "noise scale near the best η", {"exponent": NOISE_IN_T}, is_about(1.0, 0.5), WIDTHS),
     Claim(TT, "B* grows with T", "best B, each at its own best η", {"exponent": _of("batch_optimum", "B* ∝ T^m")}, sign(1), WIDTHS),
