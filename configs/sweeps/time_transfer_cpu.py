@@ -4,7 +4,8 @@
     scaling-jax sweep --config=configs/sweeps/time_transfer_cpu.py:prose --workdir=runs/first/time_transfer
     scaling-jax sweep --config=configs/sweeps/time_transfer_cpu.py:prose,decay --workdir=runs/first/time_transfer_decay
 
-Widths 16, 32 and 64 under μP, batches 2^8 … 2^15 tokens, horizons 2^17 … 2^22 tokens, two seeds at width 32. Each batch has eight
+Widths 16, 32 and 64 under μP, batches 2^8 … 2^15 tokens (every other one at width 64, the dearest), horizons 2^17 … 2^22 tokens, two
+seeds at width 32. Each batch has eight
 learning rates in steps of √2 about where a first look found the best one at 2^20 tokens, CENTRES·(B/2^8)^0.45. The lr is constant after
 2^15 tokens of warmup, whatever batch and horizon, so that one run serves all horizons; at the largest batch that is one step. A warmup that
 grows with the horizon would take a run for each. The grid is ragged: no cell has less than 100 steps after its warmup, so that the first
@@ -18,8 +19,8 @@ and horizons from 2^19 tokens, with a linear decay to zero over the last fifth o
 
 is the same with four learning rates, larger ones since it ends early, two batches, one seed and horizons of 2^12 … 2^14 tokens.
 
-Cost: 256 points in 1,024 cells, 1.1e9 tokens, 3.2e14 FLOPs; 1.7 hours on two CPU cores, estimated from the time of a step. On prose
-6e14 FLOPs and as long. The decayed part: 24 points in 88 cells, 1.4e8 tokens; about 12 minutes.
+Cost: 224 points in 888 cells, 9.4e8 tokens, 2.1e14 FLOPs; an hour on two CPU cores, estimated from the time of a step. On prose
+4e14 FLOPs and 1.5 hours. The decayed part: 24 points in 88 cells, 1.4e8 tokens; about 12 minutes.
 
 Expect, from theory and other people's measurements and not from this study: at small batches a best lr that rises as √B and falls with the
 horizon, between T^-1/4 and T^-1/2; at large ones less of both, beyond a batch that grows with the horizon as T^0.4 … T; the same best lr
@@ -36,6 +37,7 @@ from scaling_jax.sweep import grid
 from scaling_jax.sweep.study import Study
 
 SEEDS = {16: (0,), 32: (0, 1), 64: (0,)}  # by width
+EVERY_OTHER_BATCH = 64  # the width that costs most
 WORDS = ("prose", "decay", "small", *(f"width={width}" for width in SEEDS))
 BATCHES = tuple(1 << k for k in range(8, 16))
 HORIZONS = tuple(1 << k for k in range(17, 23))
@@ -58,10 +60,17 @@ def get_study(argument: str = "") -> Study:
     if "decay" in words:
         config.schedule.name = "wsd"
         seeds, batches, horizons = {32: (0,)}, BATCHES[1:6:2], HORIZONS[2:]
-    shapes = grid.chain(
-        *(grid.product(grid.over("model.width", (width,)), grid.over("train.seed", of_width)) for width, of_width in seeds.items())
+    text = "prose" if "prose" in words else "sotu"
+    points = grid.chain(
+        *(
+            grid.product(
+                grid.over("model.width", (width,)),
+                grid.over("train.seed", of_width),
+                grid.chain(*(rates(batch, text) for batch in (batches[1::2] if width == EVERY_OTHER_BATCH else batches))),
+            )
+            for width, of_width in seeds.items()
+        )
     )
-    points = grid.product(shapes, grid.chain(*(rates(batch, "prose" if "prose" in words else "sotu") for batch in batches)))
     decay = {"decay_fraction": 0.2} if "decay" in words else {}
     return Study(config, points, horizons=horizons, least_steps=LEAST_STEPS, max_members=8, **decay)
 
