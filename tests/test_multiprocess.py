@@ -6,6 +6,7 @@ Each process is started as a user starts it, by tests/multiprocess/process.py, w
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -96,9 +97,10 @@ class Run:
         self.until(lambda: len(self.training()) >= steps)
 
     def said(self, process: int) -> str:
-        """What it wrote to stdout and stderr, without what Gloo does."""
+        """What it wrote to stdout and stderr, without what Gloo does: a line of each group of ranks, whose pieces mix with another thread's,
+        so that a number may be left on a line of its own."""
         lines = self.outputs[process].read_text(errors="replace").splitlines()
-        return "\n".join(line for line in lines if "peer ranks" not in line)
+        return "\n".join(line for line in lines if not re.search(r"\[Gloo\]|peer ranks|^\s*\d*\s*$", line))
 
     def records(self) -> list[dict[str, Any]]:
         path = self.workdir / "metrics.jsonl"
