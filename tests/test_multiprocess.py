@@ -97,8 +97,8 @@ class Run:
         self.until(lambda: len(self.training()) >= steps)
 
     def said(self, process: int) -> str:
-        """What it wrote to stdout and stderr, without what Gloo does: a line of each group of ranks, whose pieces mix with another thread's,
-        so that a number may be left on a line of its own."""
+        """What it wrote to stdout and stderr, without what Gloo does: lines whose pieces mix with another thread's, which may leave a
+        number on a line of its own."""
         lines = self.outputs[process].read_text(errors="replace").splitlines()
         return "\n".join(line for line in lines if not re.search(r"\[Gloo\]|peer ranks|^\s*\d*\s*$", line))
 
