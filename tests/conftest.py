@@ -11,6 +11,9 @@ import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+pytest.register_assert_rewrite("shells")
+from shells import config_file, handlers_stay, shell, small_disk, tokens  # noqa: E402, F401 (for tests of the command line)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import snapshot
+from shells import snapshot
 from test_sweep_run import FakeEngine, kills
 
 from scaling_jax import results

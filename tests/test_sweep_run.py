@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from etils import epath
 from helpers import small_config
-from test_cli import snapshot
+from shells import snapshot
 
 from scaling_jax import results
 from scaling_jax.errors import UserError
