@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import pytest
 from helpers import Trainers, small_config
+from meetings import all_at_once, impatient, leave, several  # noqa: F401
 from ml_collections import ConfigDict
-from test_train_hosts import all_at_once, impatient, leave, several  # noqa: F401
 
 from scaling_jax import cli
 from scaling_jax.config import from_json
