@@ -24,7 +24,13 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs/sweeps"
 KAPLAN = ("nd", "steps", "shape", "transfer")
 FULL = ["time_transfer_cpu", "mup_transfer_cpu", *(f"kaplan_cpu:{which}" for which in KAPLAN), "time_transfer"]
-PROSE = ["time_transfer_cpu:prose", "time_transfer_cpu:prose,decay", "time_transfer_cpu:prose,width=32", "mup_transfer_cpu:prose"]
+PROSE = [
+    "time_transfer_cpu:prose",
+    "time_transfer_cpu:prose,decay",
+    "time_transfer_cpu:prose,wide",
+    "time_transfer_cpu:prose,width=32",
+    "mup_transfer_cpu:prose",
+]
 PROSE += [f"kaplan_cpu:{which},prose" for which in KAPLAN]
 SMALL = ["time_transfer_cpu:small", "mup_transfer_cpu:small", *(f"kaplan_cpu:{which},small" for which in KAPLAN)]
 
@@ -115,7 +121,14 @@ def test_time_transfer_on_a_cpu_has_the_grid_that_it_says(name):
         assert all((horizon - warmup) / batch >= 100 for horizon in point.horizons) and batch / accumulation <= 2**12
     reached = {b: {p.horizons for p in points if p.values["train.batch_tokens"] == b} for b in (2**8, 2**13, 2**15)}
     assert reached == {2**8: {tuple(2**k for k in range(17, 23))}, 2**13: {(2**20, 2**21, 2**22)}, 2**15: {(2**22,)}}
-    assert len({t.class_key for t in trajectories(points)}) == 24  # widths and batches; seeds together
+    assert len({t.class_key for t in trajectories(points)}) == 20  # widths and batches; seeds together
+
+
+def test_the_widest_has_rates_and_batches_of_the_others():
+    wide, whole = points_of("time_transfer_cpu:prose,wide"), points_of("time_transfer_cpu:prose")
+    assert {p.values["model.width"] for p in wide} == {128} and study_of("time_transfer_cpu:prose,wide").horizons == (2**18, 2**19, 2**20)
+    tried = {(p.values["train.batch_tokens"], p.values["optimizer.lr"]) for p in wide}
+    assert tried < {(p.values["train.batch_tokens"], p.values["optimizer.lr"]) for p in whole} and len(tried) == len(wide) == 18
 
 
 def test_the_decayed_part_has_points_of_the_grid_it_repeats():
@@ -146,7 +159,7 @@ def test_mup_transfer_on_prose_has_three_batches_and_centred_rates():
 
 
 def test_kaplan_on_prose_has_faster_rates_and_more_domains():
-    for which, factors in {"nd": {2}, "steps": {2}, "transfer": {1, 2, 4}}.items():
+    for which, factors in {"nd": {2}, "steps": {2}, "transfer": {1, 2, 4, 8}}.items():
         rates = {
             p.values["optimizer.lr"] / (0.003239 - 0.0001395 * math.log(model_size(p.values)["params"]))
             for p in points_of(f"kaplan_cpu:{which},prose")

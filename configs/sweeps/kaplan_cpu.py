@@ -7,7 +7,8 @@
 
 The first argument says which; ',small' after it makes a copy of some seconds, as in nd,small. ',prose' takes the first study's text
 (configs/sweeps/prose.py), evaluates on fewer held-out tokens, and has twice that learning rate, which for models so small is nearer the
-best; its `transfer` has once, twice and four times that, and three other domains, tokenized likewise with --holdout_every=0:
+best; its `transfer` has once, twice and four times that, up to width 64 eight times too, and three other domains, tokenized likewise
+with --holdout_every=0:
 data/licenses_legal, data/linux_doc and data/code.
 
     scaling-jax sweep --config=configs/sweeps/kaplan_cpu.py:nd,prose --workdir=runs/first/kaplan_nd
@@ -77,7 +78,7 @@ def on_prose(which: str, study: Study) -> Study:
     config.noise_scale.every = 4
     if which == "transfer":
         config.data.eval_domains = tuple(f"{name}=data/{name}" for name in ("licenses_legal", "linux_doc", "code"))
-        points = grid.chain(*(sizes(SIZES, faster) for faster in (1, 2, 4)))
+        points = grid.chain(*(sizes(SIZES, faster) for faster in (1, 2, 4)), sizes(SIZES[:3], 8))
     elif which == "shape":
         config.optimizer.lr *= 2
         points = study.grid
