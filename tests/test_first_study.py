@@ -1,5 +1,6 @@
 """The first study's folder: its parts are commands that exist, and its laws are of the tables beside them."""
 
+import itertools
 import json
 import re
 import runpy
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 
 from scaling_jax import config as config_lib
@@ -69,7 +71,10 @@ def test_laws_are_of_the_tables_beside_them(laws):
 
 sys.path.insert(0, str(FIRST))
 import claims  # noqa: E402 (of the study's folder)
-from claims import Figure  # noqa: E402
+import measured  # noqa: E402
+import rules  # noqa: E402
+import story  # noqa: E402
+from measured import Figure  # noqa: E402
 
 sys.path.remove(str(FIRST))
 
@@ -77,27 +82,35 @@ sys.path.remove(str(FIRST))
 @pytest.mark.parametrize(
     ("rule", "figure", "verdict"),
     [
-        (claims.sign(1), Figure(0.5, 0.2, 0.8), claims.SEEN),
-        (claims.sign(1), Figure(0.5, 0.2, None), claims.SEEN),
-        (claims.sign(1), Figure(-0.5, -0.8, -0.2), claims.NOT_SEEN),
-        (claims.sign(1), Figure(0.01, -0.05, 0.06), claims.NOT_SEEN),
-        (claims.sign(1), Figure(0.3, -0.05, 0.6), claims.UNDECIDED),
-        (claims.sign(-1), Figure(-0.3, -0.6, -0.1), claims.SEEN),
-        (claims.sign(-1), Figure(0.3, 0.1, 0.6), claims.NOT_SEEN),
-        (claims.sign(-1), Figure(None), claims.UNDECIDED),
-        (claims.unchanged(0.1), Figure(0.03, 0.01, 0.05), claims.SEEN),
-        (claims.unchanged(0.1), Figure(0.3, 0.2, 0.4), claims.NOT_SEEN),
-        (claims.unchanged(0.1), Figure(-0.3, None, -0.2), claims.NOT_SEEN),
-        (claims.unchanged(0.1), Figure(0.1, 0.05, 0.15), claims.UNDECIDED),
-        (claims.unchanged(0.1), Figure(0.0, None, 0.05), claims.UNDECIDED),
-        (claims.is_about(1, 0.5), Figure(0.9, 0.8, 1.1), claims.SEEN),
-        (claims.is_about(1, 0.5), Figure(0.9, 0.6, 1.2), claims.UNDECIDED),
-        (claims.is_about(1, 0.5), Figure(0.5, 0.4, 0.6), claims.NOT_SEEN),
-        (claims.is_about(1, 0.5), Figure(1.0, 0.9, None), claims.UNDECIDED),
+        (rules.sign(1), Figure(0.5, 0.2, 0.8), rules.SEEN),
+        (rules.sign(1), Figure(0.5, 0.2, None), rules.SEEN),
+        (rules.sign(1), Figure(-0.5, -0.8, -0.2), rules.NOT_SEEN),
+        (rules.sign(1), Figure(0.01, -0.05, 0.06), rules.NOT_SEEN),
+        (rules.sign(1), Figure(0.3, -0.05, 0.6), rules.UNDECIDED),
+        (rules.sign(-1), Figure(-0.3, -0.6, -0.1), rules.SEEN),
+        (rules.sign(-1), Figure(0.3, 0.1, 0.6), rules.NOT_SEEN),
+        (rules.sign(-1), Figure(None), rules.UNDECIDED),
+        (rules.about(0, 0.1), Figure(0.03, 0.01, 0.05), rules.SEEN),
+        (rules.about(0, 0.1), Figure(0.3, 0.2, 0.4), rules.NOT_SEEN),
+        (rules.about(0, 0.1), Figure(-0.3, None, -0.2), rules.NOT_SEEN),
+        (rules.about(0, 0.1), Figure(0.1, 0.05, 0.15), rules.UNDECIDED),
+        (rules.about(0, 0.1), Figure(0.0, None, 0.05), rules.UNDECIDED),
+        (rules.about(1, 0.25), Figure(0.9, 0.8, 1.1), rules.SEEN),
+        (rules.about(1, 0.25), Figure(0.9, 0.6, 1.2), rules.UNDECIDED),
+        (rules.about(1, 0.25), Figure(0.0, -1.0, 0.98), rules.UNDECIDED),
+        (rules.about(1, 0.25), Figure(0.5, 0.4, 0.6), rules.NOT_SEEN),
+        (rules.about(1, 0.25), Figure(2.0, 1.5, None), rules.NOT_SEEN),
+        (rules.about(1, 0.25), Figure(None), rules.UNDECIDED),
+        (rules.below(3), Figure(2.0), rules.SEEN),
+        (rules.below(3), Figure(4.0), rules.NOT_SEEN),
+        (rules.below(3), Figure(2.0, 1.0, 4.0), rules.UNDECIDED),
+        (rules.below(3), Figure(2.0, None, 2.5), rules.SEEN),
+        (rules.below(3), Figure(5.0, 4.0, None), rules.NOT_SEEN),
+        (rules.below(3), Figure(None), rules.UNDECIDED),
     ],
 )
 def test_verdicts_follow_from_intervals(rule, figure, verdict):
-    assert rule(figure) == verdict
+    assert rule.judge(figure) == verdict
 
 
 def test_a_claim_of_figures_that_differ_is_undecided(tmp_path):
@@ -109,17 +122,15 @@ def test_a_claim_of_figures_that_differ_is_undecided(tmp_path):
     laws = claims.Laws(tmp_path)
 
     def claim(**figures):
-        return claims.Claim(
-            "A paper", "it rises", "x", {name: ("study", *where) for name, where in figures.items()}, claims.sign(1), "part"
-        )
+        return claims.Claim("A paper", "it rises", "x", {name: ("study", *where) for name, where in figures.items()}, rules.sign(1), "part")
 
-    assert claims.verdict(claim(a=("law", "a")), laws) == claims.SEEN
-    assert claims.verdict(claim(b=("law", "b")), laws) == claims.NOT_SEEN
+    assert claims.verdict(claim(a=("law", "a")), laws) == rules.SEEN
+    assert claims.verdict(claim(b=("law", "b")), laws) == rules.NOT_SEEN
     both = claim(a=("law", "a"), b=("law", "b"), p=("law", "f", "p"), none=("other", "q"))
-    assert claims.verdict(both, laws) == claims.UNDECIDED
+    assert claims.verdict(both, laws) == rules.UNDECIDED
     row = claims.table([both, both._replace(figures={"x": ("not run", "law", "a")})], laws).splitlines()[2:]
     figures = "a: 1.00 (0.90 to 1.10); b: −1.00 (−1.10 to −0.90); p: 2.00 (1.50 to ∞); none: not identified"
-    assert row == [f"| it rises (A paper) | x | {figures} | undecided at this scale | `part` |"]
+    assert row == [f"| it rises (A paper) | x | {figures} | above 0 | undecided at this scale | `part fit` |"]
     with pytest.raises(KeyError, match="law has no number 'c', only"):
         laws.figure(("study", "law", "c"))
 
@@ -129,9 +140,84 @@ def test_claims_are_of_numbers_that_the_laws_have():
     for claim in claims.CLAIMS:
         assert set(claim.parts.split()) <= set(PARTS)
         for where in claim.figures.values():
-            if where[0] in laws.studies:
+            if laws.has(where):
                 laws.figure(where)
 
 
 def test_it_is_small():
     assert sum(path.stat().st_size for path in FIRST.rglob("*") if path.is_file()) < 30e6
+
+
+def test_ratios_have_the_relative_errors_of_both():
+    ratio = Figure(2.0, 1.0, 4.0).over(Figure(0.5, 0.25, 1.0))
+    np.testing.assert_allclose(ratio, (4.0, 4 * 2 ** -(2**0.5), 4 * 2 ** (2**0.5)))
+    assert Figure(2.0, 2.0, None).over(Figure(4.0, 4.0, 4.0)) == Figure(0.5, 0.5, None)
+    assert Figure(None).over(Figure(1.0)) == Figure(None)
+
+
+def test_growth_is_the_widest_that_the_ends_allow(tmp_path):
+    (tmp_path / "branch").mkdir()
+    points = [("branch", 1 << 18, 512, 256, 1024), ("branch", 1 << 20, 2048, 1024, None)]
+    keys = ("definition", "tokens", "batch_tokens", "low", "high")
+    (tmp_path / "branch/critical_batch.json").write_text(json.dumps({"points": [dict(zip(keys, point, strict=True)) for point in points]}))
+    run = pandas.DataFrame(
+        {"width": 64, "batch_tokens": 512, "lr": 2**-7, "horizon_tokens": [1 << 18, 1 << 20], "tokens": [1 << 18, 1 << 20], "point": "p"}
+    )
+    other = run.assign(batch_tokens=1024, point="q")
+    for rows, noise in ((run, 1000.0), (other, 7.0)):
+        for name, factor in zip(measured.NOISE, (1, 0.5, 2), strict=True):
+            rows[name] = noise * factor
+    (tmp_path / "time_transfer").mkdir()
+    pandas.concat([other, run]).assign(loss=3.0, seed=0, seconds=1.0).to_parquet(tmp_path / "time_transfer/width_64.parquet")
+    found = dict(measured._branch(tmp_path))
+    assert found["branch", "growth by branches"] == Figure(1.0, 0.0, None)
+    assert found["branch", f"by noise at T = {1 << 20}"] == Figure(1000.0, 500.0, 2000.0)
+    np.testing.assert_allclose(
+        found["branch", f"branches over noise at T = {1 << 18}"], [0.512 * 2 ** (way * 2**0.5) for way in (0, -1, 1)]
+    )
+
+
+def test_the_truth_of_a_held_back_condition_is_that_of_its_grid():
+    """A planted surface: η* = 0.01·(B/2048)^0.5, B* = 2300, a loss of 3 there; 5 rates at 3 batches, the middle one asked for."""
+    planted, held = {"η*": 0.01, "B*": 2300, "L": 3.0}, dict.fromkeys(("η*", "B*", "L"), 0)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        rows = []
+        for tokens, batch, k in itertools.product((1 << 20, 1 << 21, 1 << 22), (1024, 2048, 4096), range(-2, 3)):
+            lr = 0.011 * (batch / 2048) ** 0.5 * 2 ** (k / 2)
+            off = np.log(lr / (0.01 * (batch / 2048) ** 0.5))
+            loss = (3 + 0.2 * off**2 + 0.05 * np.log(batch / 2300) ** 2) * (1 + 1e-3 * rng.normal())
+            rows.append({"params": 1e5, "width": 96, "batch_tokens": batch, "horizon_tokens": tokens, "lr": lr, "loss": loss})
+        table = pandas.DataFrame(rows).assign(tokens=lambda table: table["horizon_tokens"])
+        table["point"] = [f"{batch} {lr}" for batch, lr in zip(table.batch_tokens, table.lr, strict=True)]
+        for what, figure in measured.truth(table, 2100.0).items():
+            assert figure.high / figure.low < 1.3
+            held[what] += figure.low < planted[what] < figure.high
+    assert min(held.values()) >= 4, held
+
+
+def test_a_page_has_the_numbers_of_the_results_and_no_other():
+    class Known:
+        joined: dict = {}
+
+        def has(self, where):
+            return where == ("s", "law", "p")
+
+        def figure(self, where):
+            return {("s", "law", "p"): Figure(0.5, 0.4, 0.61), ("s", "share"): Figure(0.0712)}[where]
+
+    claim = claims.Claim("A paper", "it rises", "x", {"p": ("s", "law", "p")}, rules.sign(1), "part")
+    missing = claim._replace(text="another", figures={"q": ("t", "law", "q")})
+    text = "p is {{s|law|p}}, so {{=s|law|p}}; {{%s|share}}%; {{verdict|rises}}: {{seen}} of\n{{claims}}, {{not seen}} not"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(story, "CLAIMS", (claim, missing))
+        assert story.filled(text, Known()) == "p is 0.50 (0.40 to 0.61), so 0.50; 7.12%; seen: 1 of\n1, 0 not"
+        with pytest.raises(KeyError):
+            story.filled("{{s|no such}}", Known())
+
+
+def test_the_pages_say_what_the_results_say():
+    checked = subprocess.run([sys.executable, str(FIRST / "story.py"), "--check"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    refused = subprocess.run([sys.executable, str(FIRST / "story.py"), "--chekc"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--chekc: no such flag" in refused.stderr

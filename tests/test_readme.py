@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_laws import write as write_laws
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,7 +32,7 @@ QUICK = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # what is made sma
 def clone(tmp_path_factory):
     """A folder as the commands expect it: configs and benchmarks beside texts of one's own."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("configs", "benchmarks", "launch"):
+    for name in ("configs", "benchmarks", "launch", "studies"):
         (folder / name).symlink_to(ROOT / name)
     rng = np.random.default_rng(0)
     for name, count in (("texts", 20), ("other", 3)):
@@ -77,10 +76,6 @@ def test_command(command, clone):
     """In order: later ones use what earlier ones made."""
     if "scaling-jax compile" in command:
         pytest.importorskip("libtpu")
-    if "scaling-jax plan" in command:  # of a study that takes hours
-        laws = clone / re.search(r"--laws=(\S+)", command)[1]
-        laws.parent.mkdir()
-        write_laws(laws)
     run = small(command).replace("scaling-jax", f"{shlex.quote(sys.executable)} -m scaling_jax")
     done = subprocess.run(run, shell=True, cwd=clone, env=QUICK, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -95,6 +90,12 @@ def test_launch_command(command, clone):
     done = subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "gcloud" in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("studies/")])
+def test_study_command(command, clone):
+    done = subprocess.run(shlex.split(command), cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0 and "parts: data" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "benchmarks/" in c])
