@@ -43,6 +43,7 @@ def test_slopes_of_batch_sizes_are_students():
 def test_no_interval_is_said_of_what_there_is_too_little_of():
     unknown = Slope(0.1, np.nan, np.nan, np.nan, 2)
     assert _said("η*", unknown, "by 2 batch sizes").endswith("no interval, since 2 batch sizes are too few.")
+    assert _said("η*", unknown._replace(clusters=1), "by 1 batch size").endswith("no interval, since 1 batch size is too few.")
     assert _said("B*", unknown._replace(clusters=12), _OF_RUNS).endswith("no interval, since the noise of the runs is not known.")
 
 

@@ -21,7 +21,7 @@ smallest batches with six of their learning rates, horizons 2^18 … 2^20: where
 is the same with four learning rates, larger ones since it ends early, two batches, one seed and horizons of 2^12 … 2^14 tokens.
 
 Cost: 224 points in 888 cells, 9.4e8 tokens, 2.1e14 FLOPs; 56 minutes on two CPU cores, estimated from the time of a step. On prose,
-whose vocabulary is larger, it took two. The decayed part: 24 points in 88 cells, 1.4e8 tokens; about 12 minutes. `wide`: 18 points in 54
+whose vocabulary is larger, two hours. The decayed part: 24 points in 88 cells, 1.4e8 tokens; about 12 minutes. `wide`: 18 points in 54
 cells, 1.9e7 tokens; about 10 minutes.
 
 Expect, from theory and other people's measurements and not from this study: at small batches a best lr that rises as √B and falls with the

@@ -181,7 +181,7 @@ def find_regret(table, resamples: int = 1000, seed: int = 0) -> Finding:
         ends = [of_batch[of_batch["tokens"] == at] for at in (of_batch["tokens"].min(), of_batch["tokens"].max())]
         last = ends[1]
         low, high = (None if last[end].isna().any() else float(last[end].mean()) for end in ("low", "high"))
-        note = f"mean over {len(last)} sizes; the interval is the mean of theirs"
+        note = f"mean over {len(last)} sizes; the interval is the mean of theirs" if len(last) > 1 else "of one size"
         numbers.append(
             Number(
                 f"regret of B = {batch:.4g} at T = {last['tokens'].iloc[0]:.3g}",

@@ -45,3 +45,8 @@ class Analysis(NamedTuple):
     needs: tuple[str, ...]
     run: Callable[[Any], Finding]
     source: str
+
+
+def counted(count: int, thing: str) -> str:
+    """So many of a thing, in words whose number agrees."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"

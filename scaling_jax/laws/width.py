@@ -13,7 +13,7 @@ import numpy as np
 from scaling_jax.errors import UserError
 from scaling_jax.laws.batch_optimum import measure_batches
 from scaling_jax.laws.critical_growth import COLUMNS, noise_points
-from scaling_jax.laws.finding import Analysis, Finding, Number
+from scaling_jax.laws.finding import Analysis, Finding, Number, counted
 from scaling_jax.laws.lr_optimum import Optima, count_runs, measure, minima
 from scaling_jax.laws.observations import different
 from scaling_jax.laws.sensitivity import sensitivity_points
@@ -136,13 +136,14 @@ def _slopes(table, optima: Optima):
 
 
 def _how(points) -> str:
-    return f"by {points['batch_tokens'].nunique()} batch sizes, their slopes taken for normal"
+    return f"by {counted(points['batch_tokens'].nunique(), 'batch size')}, their slopes taken for normal"
 
 
 def _said(what: str, slope: Slope, how: str) -> str:
     factor = 2**slope.slope
     if np.isnan(slope.p):
-        why = "the noise of the runs is not known" if how == _OF_RUNS else f"{slope.clusters} batch sizes are too few"
+        few = f"{counted(slope.clusters, 'batch size')} {'is' if slope.clusters == 1 else 'are'} too few"
+        why = "the noise of the runs is not known" if how == _OF_RUNS else few
         return f"{what}: a doubling of the width moves it by a factor {factor:.3f}; no interval, since {why}."
     if slope.p < 0.05:
         by = f"{factor:.3f} ({2**slope.low:.3f} to {2**slope.high:.3f}; p {slope.p:.2g})"

@@ -8,11 +8,11 @@ import numpy as np
 import pandas
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.finding import Finding, Number
+from scaling_jax.laws.finding import Finding, Number, counted
 from scaling_jax.report.study.fits import interval
 from scaling_jax.report.study.lr import best_rates
 from scaling_jax.report.study.page import Html, bullets, mark, paragraphs, rich, table
-from scaling_jax.report.study.plot import Source, amount, counted, runs_in, same_sizes, sentence, short
+from scaling_jax.report.study.plot import Source, amount, runs_in, same_sizes, sentence, short
 
 _FIELDS = (
     "params width depth head_dim context vocab_size batch_tokens horizon_tokens tokens lr weight_decay seed parametrization schedule "

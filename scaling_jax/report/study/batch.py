@@ -6,10 +6,10 @@ import numpy as np
 import pandas
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.finding import Finding
+from scaling_jax.laws.finding import Finding, counted
 from scaling_jax.report.figures import GREY
 from scaling_jax.report.study.lr import horizon, spread
-from scaling_jax.report.study.plot import Plot, Source, amount, counted, interval_text, listed, plot, power, runs_in, short
+from scaling_jax.report.study.plot import Plot, Source, amount, interval_text, listed, plot, power, runs_in, short
 from scaling_jax.report.study.style import MARKERS, amounts, arrows, below, grid, guide, legend, looks, name_of, panels, shades, size
 
 _LOOKS = {

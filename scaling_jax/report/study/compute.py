@@ -7,10 +7,10 @@ import pandas
 
 from scaling_jax.errors import UserError
 from scaling_jax.laws.chinchilla_form import allocation as closed_form
-from scaling_jax.laws.finding import Finding
+from scaling_jax.laws.finding import Finding, counted
 from scaling_jax.laws.fit import widened
 from scaling_jax.report.figures import GREY
-from scaling_jax.report.study.plot import Plot, Source, counted, interval_text, listed, plot, power, runs_in, sentence
+from scaling_jax.report.study.plot import Plot, Source, interval_text, listed, plot, power, runs_in, sentence
 from scaling_jax.report.study.style import MARKERS, amounts, flops, grid, legend, panels, plain_log, shades, size
 
 _WAYS = {

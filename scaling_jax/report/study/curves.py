@@ -4,8 +4,9 @@ import numpy as np
 import pandas
 
 from scaling_jax.errors import UserError
+from scaling_jax.laws.finding import counted
 from scaling_jax.report.figures import BLUE, GREY
-from scaling_jax.report.study.plot import Plot, Source, counted, need, plot, power, runs_in, same_sizes, short
+from scaling_jax.report.study.plot import Plot, Source, need, plot, power, runs_in, same_sizes, short
 from scaling_jax.report.study.style import amounts, grid, legend, looks, name_of, panels, plain_log, size
 
 _LINE, _BEST_LINE = 24, 80  # marks of a curve that is one of many, and of one that stands out

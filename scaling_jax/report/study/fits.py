@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scaling_jax.laws.finding import Finding, Number
+from scaling_jax.laws.finding import Finding, Number, counted
 from scaling_jax.report.study.page import Html, bullets, escape, mark, paragraphs, rich, table
-from scaling_jax.report.study.plot import counted, listed, sentence, short
+from scaling_jax.report.study.plot import listed, sentence, short
 
 _HEAD = ("parameter", "value", "95% interval", "published", "unit", "meaning")
 _NUMBERS = (1, 2, 3)

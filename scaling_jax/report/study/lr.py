@@ -7,9 +7,9 @@ import numpy as np
 import pandas
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.finding import Finding
+from scaling_jax.laws.finding import Finding, counted
 from scaling_jax.report.figures import GREY
-from scaling_jax.report.study.plot import Plot, Source, amount, counted, listed, need, one_setting, plot, power, runs_in, sentence, short
+from scaling_jax.report.study.plot import Plot, Source, amount, listed, need, one_setting, plot, power, runs_in, sentence, short
 from scaling_jax.report.study.style import MARKERS, amounts, arrows, below, grid, legend, looks, name_of, panels, plain_log, shades, size
 
 _PANELS = 6  # batch sizes or horizons that have one each

@@ -8,11 +8,12 @@ import pandas
 from etils import epath
 
 from scaling_jax.errors import UserError
+from scaling_jax.laws.finding import counted
 from scaling_jax.report.critical_batch import critical_batch_figure, critical_batches, write_laws
 from scaling_jax.report.figures import Target, loss_figure, noise_figure
 from scaling_jax.report.run import summary_rows
 from scaling_jax.report.study import page
-from scaling_jax.report.study.plot import Plot, amount, counted, power, sentence, short
+from scaling_jax.report.study.plot import Plot, amount, power, sentence, short
 from scaling_jax.train.metrics import FILE, read_records
 from scaling_jax.train.workdir import CONFIG_FILE, SUMMARY_FILE
 

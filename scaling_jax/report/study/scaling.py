@@ -6,9 +6,9 @@ import numpy as np
 import pandas
 
 from scaling_jax.errors import UserError
-from scaling_jax.laws.finding import Finding
+from scaling_jax.laws.finding import Finding, counted
 from scaling_jax.report.study.lr import RIVALS, spread
-from scaling_jax.report.study.plot import Plot, Source, counted, need, plot, runs_in, same_sizes, sentence, short
+from scaling_jax.report.study.plot import Plot, Source, need, plot, runs_in, same_sizes, sentence, short
 from scaling_jax.report.study.style import amounts, flops, grid, legend, looks, name_of, plain_log, shades
 
 _SIZES = 12  # sizes that have a colour of their own

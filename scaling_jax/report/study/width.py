@@ -6,9 +6,10 @@ import numpy as np
 import pandas
 
 from scaling_jax.errors import UserError
+from scaling_jax.laws.finding import counted
 from scaling_jax.report.figures import GREY
 from scaling_jax.report.study.lr import best_rates, horizon, spread
-from scaling_jax.report.study.plot import Plot, Source, amount, counted, listed, need, one_setting, plot, power, runs_in, short
+from scaling_jax.report.study.plot import Plot, Source, amount, listed, need, one_setting, plot, power, runs_in, short
 from scaling_jax.report.study.style import amounts, grid, legend, looks, name_of, panels, plain_log, size
 
 _MEASURES = {"sensitivity": "sensitivity (nats)", "curvature": "curvature d²L/d(ln η)² (nats)"}
