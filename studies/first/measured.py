@@ -1,0 +1,203 @@
+"""The numbers that the first study measured, each by a name: those of every laws.json, and those that join two results.
+
+A number's name is (study, law, number), (study, law, form, parameter), or (study, name) for a joined one.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas
+
+from scaling_jax import results
+from scaling_jax.laws.batch_optimum import measure_batches
+
+HERE = Path(__file__).parent
+NOISE = ("noise_scale_tokens", "noise_scale_tokens_low", "noise_scale_tokens_high")
+BRANCHED = {"width": 64, "batch_tokens": 512, "lr": 2**-7}  # of branch.py
+Name = tuple[str, ...]
+
+
+class Figure(NamedTuple):
+    """A number with its 95% interval; ends that are None are open, a value that is None was not identified."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "not identified"
+        if self.low is None and self.high is None:
+            return digits(self.value)
+        return (
+            f"{digits(self.value)} ({'−∞' if self.low is None else digits(self.low)} to {'∞' if self.high is None else digits(self.high)})"
+        )
+
+    @property
+    def positive(self) -> bool:
+        return self.low is not None and self.low > 0
+
+    @property
+    def negative(self) -> bool:
+        return self.high is not None and self.high < 0
+
+    def over(self, other: "Figure") -> "Figure":
+        """The ratio of two independent positive numbers, their relative errors added in squares."""
+        if self.value is None or other.value is None:
+            return Figure(None)
+        ends = []
+        for mine, others in ((self.low, other.high), (self.high, other.low)):
+            known = mine is not None and others is not None and mine > 0 and others > 0
+            ends.append(math.hypot(math.log(mine / self.value), math.log(others / other.value)) if known else math.inf)
+        ratio = self.value / other.value
+        return Figure(ratio, *(None if math.isinf(end) else ratio * math.exp(way * end) for way, end in zip((-1, 1), ends, strict=True)))
+
+
+def digits(value: float) -> str:
+    """Two digits of small numbers, three of others, as text that suits the size."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e6 or abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", "−")
+    if abs(value) >= 1e4:
+        return f"{float(f'{value:.3g}'):,.0f}".replace("-", "−")
+    places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3
+    return f"{value:,.{places}f}".replace("-", "−")
+
+
+class Laws:
+    """The laws of every study, read back from studies/first/*/laws.json, and `joined`, the numbers that join two results."""
+
+    def __init__(self, folder: Path = HERE) -> None:
+        self.studies = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/laws.json"))}
+        self.joined: dict[Name, Figure] = {}
+        for join in (_cost, _branch, _held_back):
+            self.joined.update(join(folder))
+
+    def has(self, name: Name) -> bool:
+        """Whether the part that the number is of has been run."""
+        return name[0] in self.studies if len(name) > 2 else name in self.joined
+
+    def figure(self, name: Name) -> Figure:
+        """The number of a name; one whose law could not be fitted is not identified.
+
+        KeyError where the study's laws know no such number or parameter.
+        """
+        if len(name) < 3:
+            if name not in self.joined:
+                raise KeyError(f"no number {name!r}, only {[*self.joined]}")
+            return self.joined[name]
+        study, law, *names = name
+        found = self.studies[study]["laws"].get(law)
+        if found is None:
+            if law not in self.studies[study]["not_fitted"]:
+                raise KeyError(f"{study} has no law {law!r}")
+            return Figure(None)
+        if len(names) == 1:
+            one: dict[str, Any] = next((number for number in found["numbers"] if number["name"] == names[0]), {})
+            if not one:
+                raise KeyError(f"{study}: {law} has no number {names[0]!r}, only {[number['name'] for number in found['numbers']]}")
+        else:
+            one = found["fits"][names[0]]["parameters"][names[1]]
+            if one["not_identified"]:
+                return Figure(None)
+        return Figure(one["value"], one["low"], one["high"])
+
+
+def _cost(folder: Path) -> Iterator[tuple[Name, Figure]]:
+    """Of each study and of all: runs, tokens trained on and core-hours, by the seconds of each run's last horizon on one core."""
+    total = [0.0, 0.0, 0.0]
+    for study in sorted({path.parent for path in folder.glob("*/*.parquet")}):
+        rows = results.load(study)
+        last = rows.sort_values("horizon_tokens").groupby(["point", "seed"]).last()
+        of_study = [len(last), float(last["tokens"].sum()), float(last["seconds"].sum()) / 3600]
+        total = [a + b for a, b in zip(total, of_study, strict=True)]
+        yield from zip(_of_cost(study.name), map(Figure, of_study), strict=True)
+    yield from zip(_of_cost("all"), map(Figure, total), strict=True)
+
+
+def _of_cost(study: str) -> list[Name]:
+    return [(study, "runs"), (study, "tokens"), (study, "core hours")]
+
+
+def _branch(folder: Path) -> Iterator[tuple[Name, Figure]]:
+    """The largest batch that loses nothing, the noise scale at the same checkpoints, of the run of the study that the branched one is,
+    and the growth of the former from the first to the last: the widest interval that their ends allow."""
+    path = folder / "branch/critical_batch.json"
+    if not path.exists():
+        return
+    found = {
+        int(point["tokens"]): Figure(*(point[k] for k in ("batch_tokens", "low", "high")))
+        for point in json.loads(path.read_text())["points"]
+    }
+    rows = results.load(folder / "time_transfer")
+    same = rows[(rows["width"] == BRANCHED["width"]) & (rows["batch_tokens"] == BRANCHED["batch_tokens"]) & (rows["lr"] == BRANCHED["lr"])]
+    for tokens, figure in found.items():
+        row = same[same["horizon_tokens"] == tokens].iloc[0]
+        by_noise = Figure(*(None if pandas.isna(row[k]) else float(row[k]) for k in NOISE))
+        yield ("branch", f"by branches at T = {tokens}"), figure
+        yield ("branch", f"by noise at T = {tokens}"), by_noise
+        yield ("branch", f"branches over noise at T = {tokens}"), figure.over(by_noise)
+    first, last = min(found), max(found)
+    yield ("branch", "growth by branches"), _growth(found[first], found[last], last / first)
+
+
+def _growth(first: Figure, last: Figure, times: float) -> Figure:
+    """p of a number that grows as T^p, by two of its values; outer ends."""
+
+    def power(a: float | None, b: float | None) -> float | None:
+        return None if a is None or b is None else math.log(b / a) / math.log(times)
+
+    return Figure(power(first.value, last.value), power(first.high, last.low), power(first.low, last.high))
+
+
+def _held_back(folder: Path) -> Iterator[tuple[Name, Figure]]:
+    """What `plan` said of the condition that was held back, what came, and the one over the other."""
+    said = folder / "held_back/prediction.json"
+    if not said.exists():
+        return
+    rows = {row["name"]: row for row in json.loads(said.read_text())["rows"]}
+    predicted = {
+        what: Figure(*(rows[row][k] for k in ("value", "low", "high")))
+        for what, row in (("η*", "learning rate"), ("B*", "batch"), ("L", "loss"))
+    }
+    for what, figure in predicted.items():
+        yield ("held_back", f"{what} predicted"), figure
+    tables = sorted((folder / "held_back").glob("*.parquet"))
+    if not tables:
+        return
+    for what, figure in truth(results.load(tables[0]), predicted["B*"].value or 0.0).items():
+        yield ("held_back", f"{what} measured"), figure
+        yield ("held_back", f"{what} measured over predicted"), figure.over(predicted[what])
+
+
+def truth(table: pandas.DataFrame, batch: float) -> dict[str, Figure]:
+    """η* at the batch size nearest to the one given, B*, and the loss at it, of the longest horizon."""
+    batches = measure_batches(table)
+    points = batches.optima.points
+    at = points[points["tokens"] == points["tokens"].max()]
+    at = at.iloc[(at["batch_tokens"] / batch).map(math.log).abs().argmin()]
+    best = batches.points[batches.points["tokens"] == batches.points["tokens"].max()].iloc[0]
+    loss_se = float(points.loc[points["tokens"] == points["tokens"].max(), "loss_se"].mean())
+    return {
+        "η*": _with_error(at["lr"], at["lr_log_se"], at["censored"]),
+        "B*": _with_error(best["batch_tokens"], best["batch_log_se"], best["censored"]),
+        "L": Figure(best["loss"], best["loss"] - 1.96 * loss_se, best["loss"] + 1.96 * loss_se),
+    }
+
+
+def _with_error(value: float, log_se: float, censored: str) -> Figure:
+    """A minimum in the logarithm; one at the edge of its grid has that edge for an end, and no other."""
+    if censored:
+        return Figure(value, None, value) if censored == "low" else Figure(value, value, None) if censored == "high" else Figure(None)
+    return Figure(value, value * math.exp(-1.96 * log_se), value * math.exp(1.96 * log_se))
+
+
+if __name__ == "__main__":
+    for name, figure in Laws().joined.items():
+        sys.stdout.write(f"{' | '.join(name)}: {figure}\n")

@@ -1,0 +1,74 @@
+"""The pages of the first study with their numbers from the committed results: docs/first_study.md from story.md, and claims.md.
+
+    python studies/first/story.py            # writes both
+    python studies/first/story.py --check    # exit 1 if what is written is not what the results say
+
+In story.md {{study|law|number}} stands for a number with its interval, {{=study|law|number}} for the number alone and {{%study|law|number}}
+for that in percent; {{verdict|words of a claim}} for the verdict on the one claim that has those words; {{seen}}, {{not seen}}, {{undecided
+at this scale}} and {{claims}} for how many of them there are.
+"""
+
+import re
+import sys
+from collections import Counter
+
+from claims import CLAIMS, table, verdict
+from measured import HERE, Figure, Laws, digits
+from rules import NOT_SEEN, SEEN, UNDECIDED
+
+ROOT = HERE.parents[1]
+PAGES = {"story": ROOT / "docs/first_study.md", "claims": HERE / "claims.md"}
+CLAIMS_HEAD = """# The claims, one by one
+
+From the committed results by `python studies/first/story.py`; the claims are in [`claims.py`](claims.py). A claim is seen if the whole 95%
+interval is as the fourth column's words have it, not seen if none of it is, and undecided otherwise ([`rules.py`](rules.py)) or where
+several figures disagree. The last column has the parts of [`run`](run) that repeat it.
+
+"""
+
+
+def filled(template: str, laws: Laws) -> str:
+    """The template with every number in its place. KeyError names what the results do not have."""
+    judged = [(claim.text, verdict(claim, laws)) for claim in CLAIMS if all(map(laws.has, claim.figures.values()))]
+    count = Counter(found for _, found in judged)
+
+    def said(match: re.Match) -> str:
+        what = match[1]
+        if what in (SEEN, NOT_SEEN, UNDECIDED):
+            return str(count[what])
+        if what == "claims":
+            return str(len(judged))
+        if what.startswith("verdict|"):
+            (found,) = (found for text, found in judged if what.removeprefix("verdict|") in text)
+            return found
+        figure = laws.figure(tuple(what.lstrip("=%").split("|")))
+        if what.startswith("%"):
+            figure = Figure(*(None if number is None else 100 * number for number in figure))
+        return digits(figure.value) if what[0] in "=%" and figure.value is not None else str(figure)
+
+    return re.sub(r"\{\{(.+?)\}\}", said, template, flags=re.DOTALL)
+
+
+def pages(laws: Laws) -> dict[str, str]:
+    """The text of each page."""
+    return {"story": filled((HERE / "story.md").read_text(), laws), "claims": CLAIMS_HEAD + table(CLAIMS, laws) + "\n"}
+
+
+def main(flags: list[str]) -> int:
+    if flags not in ([], ["--check"]):
+        sys.stderr.write(f"studies/first/story.py: {' '.join(flags)}: no such flag; there is --check\n")
+        return 2
+    stale = []
+    for name, text in pages(Laws()).items():
+        path = PAGES[name]
+        if flags and (not path.exists() or path.read_text() != text):
+            stale.append(str(path.relative_to(ROOT)))
+        elif not flags:
+            path.write_text(text)
+    if stale:
+        sys.stderr.write(f"not what the results say: {', '.join(stale)}; `python studies/first/story.py` writes them anew\n")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
