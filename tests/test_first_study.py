@@ -115,8 +115,9 @@ def test_verdicts_follow_from_intervals(rule, figure, verdict):
 
 def test_a_claim_of_figures_that_differ_is_undecided(tmp_path):
     numbers = [{"name": name, "value": value, "low": value - 0.1, "high": value + 0.1} for name, value in {"a": 1.0, "b": -1.0}.items()]
-    fits = {"f": {"parameters": {"p": {"value": 2.0, "low": 1.5, "high": None, "not_identified": None}}}}
-    laws = {"laws": {"law": {"numbers": numbers, "fits": fits}}, "not_fitted": {"other": "too few points"}}
+    fits = {"f": {"parameters": {"p": {"value": 2.0, "low": 1.5, "high": None, "not_identified": None}}, "constants": {"t0": 7.0}}}
+    statements = ["seen in 3 cases", "another"]
+    laws = {"laws": {"law": {"numbers": numbers, "fits": fits, "statements": statements}}, "not_fitted": {"other": "too few points"}}
     (tmp_path / "study").mkdir()
     (tmp_path / "study/laws.json").write_text(json.dumps(laws))
     laws = claims.Laws(tmp_path)
@@ -133,6 +134,10 @@ def test_a_claim_of_figures_that_differ_is_undecided(tmp_path):
     assert row == [f"| it rises (A paper) | x | {figures} | above 0 | undecided at this scale | `part fit` |"]
     with pytest.raises(KeyError, match="law has no number 'c', only"):
         laws.figure(("study", "law", "c"))
+    assert laws.figure(("study", "law", "f", "t0")) == Figure(7.0)
+    assert laws.said("study", "law", r"in (\d) cases") == "3"
+    with pytest.raises(ValueError, match="0 sentences of law"):
+        laws.said("study", "law", r"(\d) of")
 
 
 def test_claims_are_of_numbers_that_the_laws_have():
@@ -203,15 +208,18 @@ def test_a_page_has_the_numbers_of_the_results_and_no_other():
         def has(self, where):
             return where == ("s", "law", "p")
 
+        def said(self, study, law, pattern):
+            return re.search(pattern, f"{study} {law} has 3 of 7")[1]
+
         def figure(self, where):
             return {("s", "law", "p"): Figure(0.5, 0.4, 0.61), ("s", "share"): Figure(0.0712)}[where]
 
     claim = claims.Claim("A paper", "it rises", "x", {"p": ("s", "law", "p")}, rules.sign(1), "part")
     missing = claim._replace(text="another", figures={"q": ("t", "law", "q")})
-    text = "p is {{s|law|p}}, so {{=s|law|p}}; {{%s|share}}%; {{verdict|rises}}: {{seen}} of\n{{claims}}, {{not seen}} not"
+    text = "p is {{s|law|p}}, so {{=s|law|p}}; {{%s|share}}%; {{verdict|rises}}: {{seen}} of\n{{claims}}, {{not seen}} not; {{said|s|law|has (\\d)}}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(story, "CLAIMS", (claim, missing))
-        assert story.filled(text, Known()) == "p is 0.50 (0.40 to 0.61), so 0.50; 7.12%; seen: 1 of\n1, 0 not"
+        assert story.filled(text, Known()) == "p is 0.50 (0.40 to 0.61), so 0.50; 7.12%; seen: 1 of\n1, 0 not; 3"
         with pytest.raises(KeyError):
             story.filled("{{s|no such}}", Known())
 
@@ -221,3 +229,12 @@ def test_the_pages_say_what_the_results_say():
     assert checked.returncode == 0, checked.stderr
     refused = subprocess.run([sys.executable, str(FIRST / "story.py"), "--chekc"], capture_output=True, text=True)
     assert refused.returncode == 2 and "--chekc: no such flag" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.0, "0"), (-0.388, "−0.39"), (0.0154, "0.015"), (3.24e-5, "3.2e−5"), (12.34, "12.3"), (2961.4, "2,961"), (56510.0, "56,500"),
+     (1.27e6, "1.27 million"), (8.1e8, "810 million"), (6.9e10, "6.9e10")],
+)  # fmt: skip
+def test_digits_suit_the_size(value, said):
+    assert measured.digits(value) == said

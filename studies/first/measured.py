@@ -5,6 +5,7 @@ A number's name is (study, law, number), (study, law, form, parameter), or (stud
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,9 @@ def digits(value: float) -> str:
     """Two digits of small numbers, three of others, as text that suits the size."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-3:
+    if 1e6 <= abs(value) < 1e9:
+        return f"{value / 1e6:.3g} million".replace("-", "−")
+    if abs(value) >= 1e9 or abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}".replace("-", "−")
     if abs(value) >= 1e4:
@@ -83,8 +86,16 @@ class Laws:
         """Whether the part that the number is of has been run."""
         return name[0] in self.studies if len(name) > 2 else name in self.joined
 
+    def said(self, study: str, law: str, pattern: str) -> str:
+        """What the one group of a pattern has in the law's one sentence that matches it. ValueError if not one does."""
+        sentences = self.studies[study]["laws"][law]["statements"]
+        found = [match[1] for sentence in sentences if (match := re.search(pattern, sentence))]
+        if len(found) != 1:
+            raise ValueError(f"{study}: {len(found)} sentences of {law} have {pattern!r}: {sentences}")
+        return found[0]
+
     def figure(self, name: Name) -> Figure:
-        """The number of a name; one whose law could not be fitted is not identified.
+        """The number of a name, or a constant of a form; one whose law could not be fitted is not identified.
 
         KeyError where the study's laws know no such number or parameter.
         """
@@ -102,6 +113,8 @@ class Laws:
             one: dict[str, Any] = next((number for number in found["numbers"] if number["name"] == names[0]), {})
             if not one:
                 raise KeyError(f"{study}: {law} has no number {names[0]!r}, only {[number['name'] for number in found['numbers']]}")
+        elif names[1] in (constants := found["fits"][names[0]]["constants"]):
+            return Figure(constants[names[1]])
         else:
             one = found["fits"][names[0]]["parameters"][names[1]]
             if one["not_identified"]:

@@ -4,8 +4,8 @@
     python studies/first/story.py --check    # exit 1 if what is written is not what the results say
 
 In story.md {{study|law|number}} stands for a number with its interval, {{=study|law|number}} for the number alone and {{%study|law|number}}
-for that in percent; {{verdict|words of a claim}} for the verdict on the one claim that has those words; {{seen}}, {{not seen}}, {{undecided
-at this scale}} and {{claims}} for how many of them there are.
+for that in percent; {{said|study|law|pattern}} for what the pattern's group has in a sentence of the law; {{verdict|words of a claim}} for
+the verdict on the one claim with those words; {{seen}}, {{not seen}}, {{undecided at this scale}} and {{claims}} for how many there are.
 """
 
 import re
@@ -38,6 +38,8 @@ def filled(template: str, laws: Laws) -> str:
             return str(count[what])
         if what == "claims":
             return str(len(judged))
+        if what.startswith("said|"):
+            return laws.said(*what.split("|")[1:])
         if what.startswith("verdict|"):
             (found,) = (found for text, found in judged if what.removeprefix("verdict|") in text)
             return found
