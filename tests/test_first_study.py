@@ -40,8 +40,10 @@ def test_every_sweep_resolves_and_its_table_is_of_its_points(sweep):
         pytest.skip(f"{table.relative_to(ROOT)}: that part has not been run")
     table = results.load(table, required=("loss", "tokens", "lr", "batch_tokens"))
     assert (table.status != "pending").all()
-    cells = {(p.values["optimizer.lr"], p.values["train.batch_tokens"], p.values["model.width"], h) for p in points for h in p.horizons}
-    assert set(zip(table.lr, table.batch_tokens, table.width, table.horizon_tokens, strict=True)) == cells
+    columns = ["lr", "batch_tokens", "width", "depth", "seed", "parametrization", "data_tokens", "schedule", "horizon_tokens"]
+    names = ("optimizer.lr", "train.batch_tokens", "model.width", "model.depth", "train.seed", "parametrization.name", "data.train_tokens")
+    cells = {(*(p.values[name] for name in (*names, "schedule.name")), horizon) for p in points for horizon in p.horizons}
+    assert set(table[columns].itertuples(index=False, name=None)) == cells and table["point"].nunique() == len(points)
 
 
 def test_the_branched_run_is_of_the_study():
@@ -127,6 +129,11 @@ def test_a_claim_of_figures_that_differ_is_undecided(tmp_path):
 
     assert claims.verdict(claim(a=("law", "a")), laws) == rules.SEEN
     assert claims.verdict(claim(b=("law", "b")), laws) == rules.NOT_SEEN
+    assert claims.verdict(claim(a=("law", "a"), b=("law", "b")), laws) == rules.IN_PART
+    given = claim(a=("law", "a"))._replace(given=("b is small", ("study", "law", "b"), rules.below(-2)))
+    assert claims.verdict(given, laws) == rules.UNDECIDED
+    assert claims.verdict(given._replace(given=("b is small", ("study", "law", "b"), rules.below(0))), laws) == rules.SEEN
+    assert "| above 0, given that b is small |" in claims.table([given], laws)
     both = claim(a=("law", "a"), b=("law", "b"), p=("law", "f", "p"), none=("other", "q"))
     assert claims.verdict(both, laws) == rules.UNDECIDED
     row = claims.table([both, both._replace(figures={"x": ("not run", "law", "a")})], laws).splitlines()[2:]
@@ -144,7 +151,7 @@ def test_claims_are_of_numbers_that_the_laws_have():
     laws = claims.Laws()
     for claim in claims.CLAIMS:
         assert set(claim.parts.split()) <= set(PARTS)
-        for where in claim.figures.values():
+        for where in claim.names:
             if laws.has(where):
                 laws.figure(where)
 
@@ -216,12 +223,18 @@ def test_a_page_has_the_numbers_of_the_results_and_no_other():
 
     claim = claims.Claim("A paper", "it rises", "x", {"p": ("s", "law", "p")}, rules.sign(1), "part")
     missing = claim._replace(text="another", figures={"q": ("t", "law", "q")})
-    text = "p is {{s|law|p}}, so {{=s|law|p}}; {{%s|share}}%; {{verdict|rises}}: {{seen}} of\n{{claims}}, {{not seen}} not; {{said|s|law|has (\\d)}}"
+    text = "p is {{s|law|p}}, so {{=s|law|p}}; {{%s|share}}%; {{verdict|rises}}: {{seen}} of\n{{claims}}, {{not seen}} not"
+    text += "; {{said|s|law|has (\\d)}}{{holds|s|law|of 7}}{{holds|verdict|rises}}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(story, "CLAIMS", (claim, missing))
         assert story.filled(text, Known()) == "p is 0.50 (0.40 to 0.61), so 0.50; 7.12%; seen: 1 of\n1, 0 not; 3"
         with pytest.raises(KeyError):
             story.filled("{{s|no such}}", Known())
+        with pytest.raises(TypeError):  # as no sentence has it
+            story.filled("{{holds|s|law|of 9}}", Known())
+        patch.setattr(story, "CLAIMS", (claim._replace(rule=rules.sign(-1)),))
+        with pytest.raises(ValueError, match="'rises' is not seen, and the words"):
+            story.filled("{{holds|verdict|rises}}", Known())
 
 
 def test_the_pages_say_what_the_results_say():
@@ -238,3 +251,44 @@ def test_the_pages_say_what_the_results_say():
 )  # fmt: skip
 def test_digits_suit_the_size(value, said):
     assert measured.digits(value) == said
+
+
+def test_costs_are_of_each_run_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    rows = {"horizon_tokens": [1, 2, 2], "tokens": [1, 2, 2], "loss": 3.0, "point": ["p", "p", "q"], "seconds": [1800.0, 3600.0, 7200.0]}
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a/width_16.parquet")
+    (tmp_path / "b/width_16.parquet").symlink_to("../a/width_16.parquet")
+    pandas.DataFrame(rows).iloc[2:].to_parquet(tmp_path / "b/width_32.parquet")
+    found = dict(measured._cost(tmp_path))
+    assert found["a", "runs"] == Figure(2) and found["a", "core hours"] == Figure(3)
+    assert found["b", "runs"] == Figure(1) and found["all", "core hours"] == Figure(5)
+
+
+def test_shapes_of_few_blocks_or_extreme_aspects_do_not_count(tmp_path):
+    (tmp_path / "kaplan_shape").mkdir()
+    shapes = [(90, 1, 2.0), (64, 2, 3.0), (32, 8, 3.3), (16, 32, 4.0)]
+    rows = [
+        {
+            "width": width,
+            "depth": depth,
+            "loss": loss * np.exp(off),
+            "model.mlp_ratio": 4,
+            "head_dim": 16,
+            "tokens": 1,
+            "params": 1,
+            "seed": seed,
+        }
+        for width, depth, loss in shapes
+        for seed, off in enumerate((-0.01, 0.01))
+    ]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "kaplan_shape/all.parquet")
+    (figure,) = dict(measured._shape(tmp_path)).values()
+    error = np.sqrt(0.01**2 * 2 * 2 / 2)
+    np.testing.assert_allclose(figure, [100 * np.expm1(np.log(1.1) + way * 1.96 * error) for way in (0, -1, 1)])
+
+
+def test_the_prediction_is_by_the_laws_that_are_here():
+    said = FIRST / "held_back/prediction.json"
+    laws = json.loads((FIRST / "time_transfer/laws.json").read_text())
+    assert json.loads(said.read_text())["laws"]["fingerprint"] == laws["data"]["fingerprint"]

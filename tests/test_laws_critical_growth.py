@@ -37,6 +37,28 @@ def test_the_planted_law_collapses_the_sizes(world, best, other):
     assert finding.fits["growth_loss"].form.parameters[1].published == pytest.approx(-4.762, abs=1e-3)
 
 
+def test_where_only_long_runs_have_large_batches_growth_is_told_at_equal_batch_size():
+    """Planted: B_crit ∝ T^0.5 in every run, and B^-0.3 besides, in a grid that is ragged as of 100 steps a run."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"params": params, "width": width, "batch_tokens": batch, "tokens": tokens, "loss": 5.0 * tokens**-0.05 * params**-0.05}
+        for params, width in ((6144.0, 16), (24576.0, 32), (98304.0, 64))
+        for batch in 2.0 ** np.arange(8, 16)
+        for tokens in 2.0 ** np.arange(17, 23)
+        if tokens >= 100 * batch
+    ]
+    table = pandas.DataFrame(rows)
+    table[NOISE[0]] = table["tokens"] ** 0.5 * table["batch_tokens"] ** -0.3 * np.exp(0.05 * rng.normal(size=len(table)))
+    table[NOISE[1]], table[NOISE[2]] = table[NOISE[0]] * 0.9, table[NOISE[0]] * 1.1
+    finding = find(table)
+    named = {number.name: number for number in finding.numbers}
+    at_equal = named["B_crit ∝ T^p at equal batch size"]
+    assert at_equal.low < 0.5 < at_equal.high and at_equal.high - at_equal.low < 0.1 and at_equal.published == 1
+    assert finding.fits["growth_tokens"].intervals["tokens_exponent"][1] < 0.48  # what the ragged grid makes of it
+    two = find(table[table["batch_tokens"] <= 512])
+    assert not any("equal batch size" in number.name for number in two.numbers)
+
+
 def test_sizes_too_alike_tell_nothing():
     finding = find(World(widths=(32, 33), noise_sd=0.3, seeds=1).table())
     text = " ".join(finding.statements)

@@ -4,6 +4,9 @@ Within one size loss and tokens go together, and any growth in one is a growth i
 same tokens: if B_crit is a matter of the loss (Kaplan et al. 2020, eq. 1.4: B*/L^(1/α_B)) it has a larger one there, and if it is a matter
 of the tokens (Filatov et al. 2024) it has the same one. So B_crit is fitted jointly across sizes in one, in the other, and in each with a
 factor of the size besides, which is 1 where the law collapses them.
+
+The noise scale of a run also depends on the batch size that it trains at. Where only long runs have large batches, as in a grid in which
+every run has its hundred steps, that passes for growth, so a factor of the batch size is fitted as well, if there are three of them.
 """
 
 from collections.abc import Sequence
@@ -28,6 +31,7 @@ COLUMNS = ("noise_scale_tokens", "preconditioned_noise_scale_tokens")
 HUBER_DELTA = 0.1  # of ln B_crit: a noise scale's own error is 3% to 10%
 WHAT = "the growth of the critical batch size"
 _NEAR = 0.36  # of ln η: a step of √2 on either side of the best lr
+_BATCHES = 3  # below which no factor of the batch size is fitted
 
 
 def noise_points(table, column: str = COLUMNS[0], optima: Optima | None = None):
@@ -67,12 +71,15 @@ def noise_points(table, column: str = COLUMNS[0], optima: Optima | None = None):
 
 
 def forms(data: Observations) -> list[Form]:
-    """B_crit by tokens and by loss, each without and with a factor of the size."""
+    """B_crit by tokens and by loss, each without and with a factor of the size, and of the batch size if there are three."""
     tokens = Power("tokens", "tokens_exponent", "T", reference(data.x["tokens"]), 1.0)
     loss = Power("loss", "loss_exponent", "L", reference(data.x["loss"]), -1 / 0.21)
     size = Power("params", "params_exponent", "N", reference(data.x["params"]))
     made = {"growth_tokens": ([tokens], FILATOV), "growth_loss": ([loss], KAPLAN)}
     made |= {"growth_tokens_size": ([tokens, size], FILATOV), "growth_loss_size": ([loss, size], KAPLAN)}
+    if len(np.unique(data.x.get("batch_tokens", []))) >= _BATCHES:
+        batch = Power("batch_tokens", "batch_exponent", "B", reference(data.x["batch_tokens"]))
+        made |= {"growth_tokens_batch": ([tokens, batch], FILATOV), "growth_loss_batch": ([loss, batch], KAPLAN)}
     return [
         product_form(name, "batch_crit_tokens", "B_crit", "tokens", powers, source, HUBER_DELTA, scale="batch_crit")
         for name, (powers, source) in made.items()
@@ -88,7 +95,8 @@ def observations(table, column: str = COLUMNS[0], optima: Optima | None = None) 
     different(points["params"].dropna(), "params", 2, "telling tokens from loss by the critical batch size")
     cluster = points.groupby(["params", "width", "batch_tokens"], dropna=False, sort=False).ngroup().to_numpy()
     origin = f"{column} near the best lr, of {len(points)} of {len(frame)} sizes, batch sizes and horizons"
-    x = {name: points[name].to_numpy(float) for name in ("tokens", "loss", "params")}
+    known = ("batch_tokens",) if points["batch_tokens"].notna().all() else ()
+    x = {name: points[name].to_numpy(float) for name in ("tokens", "loss", "params", *known)}
     return Observations(x, points["batch_crit_tokens"].to_numpy(float), cluster, origin, frame.assign(definition=column))
 
 
@@ -100,7 +108,7 @@ def find(table) -> Finding:
     rivals = forms(data)
     fits = {form.name: fit(form, data) for form in rivals}
     held_out, said = _held_out(rivals[:2], data)
-    numbers = _offsets(fits) + [_collinearity(data)]
+    numbers = _offsets(fits) + [_collinearity(data)] + _at_equal_batch(fits)
     statements = said + _verdict(fits, held_out, data) + (confounded(optima.points) if optima else [])
     frames = [data.frame]
     if COLUMNS[1] in table and table[COLUMNS[1]].notna().any():
@@ -140,6 +148,19 @@ def _offsets(fits: dict[str, LawFit]) -> list[Number]:
         value = fitted.values["params_exponent"]
         found.append(Number(f"B_crit ∝ N^r at {words}", value, low, high, note="0 where this law collapses the sizes"))
         found.append(Number(f"scatter of ln B_crit about the law of {by}", fits[f"growth_{by}"].rms))
+    return found
+
+
+def _at_equal_batch(fits: dict[str, LawFit]) -> list[Number]:
+    """The exponents of tokens and of loss beside a factor of the batch size."""
+    found = []
+    for by, formula in (("tokens", "B_crit ∝ T^p"), ("loss", "B_crit ∝ L^x")):
+        if (fitted := fits.get(f"growth_{by}_batch")) is not None:
+            exponent = f"{by}_exponent"
+            value = None if exponent in fitted.unidentified else fitted.values[exponent]
+            published = next(parameter.published for parameter in fitted.form.parameters if parameter.name == exponent)
+            source = FILATOV if by == "tokens" else KAPLAN
+            found.append(Number(f"{formula} at equal batch size", value, *fitted.intervals[exponent], published=published, source=source))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The run that batches are branched off from: width 64 of the first study, at a small batch and the lr that was best for it.
+"""The run that batches are branched off from: width 64 of the first study, at a small batch and the lr that was best for it at 2^20 tokens.
 
 scaling-jax train --config=studies/first/branch.py --workdir=runs/first/branch
 scaling-jax branch --run=runs/first/branch --at_tokens=524288,1048576,2097152 --factors=1,2,4,8,16,32 --span_tokens=262144

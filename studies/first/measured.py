@@ -1,6 +1,7 @@
 """The numbers that the first study measured, each by a name: those of every laws.json, and those that join two results.
 
-A number's name is (study, law, number), (study, law, form, parameter), or (study, name) for a joined one.
+A number's name is (study, law, number), (study, law, form, parameter), (study, law, "rivals", form) for the mean squared error of a form on
+what was held out, less that of the best, or (study, name) for a joined one.
 """
 
 import json
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas
 
 from scaling_jax import results
@@ -79,7 +81,7 @@ class Laws:
     def __init__(self, folder: Path = HERE) -> None:
         self.studies = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/laws.json"))}
         self.joined: dict[Name, Figure] = {}
-        for join in (_cost, _branch, _held_back):
+        for join in (_cost, _shape, _branch, _held_back):
             self.joined.update(join(folder))
 
     def has(self, name: Name) -> bool:
@@ -113,6 +115,10 @@ class Laws:
             one: dict[str, Any] = next((number for number in found["numbers"] if number["name"] == names[0]), {})
             if not one:
                 raise KeyError(f"{study}: {law} has no number {names[0]!r}, only {[number['name'] for number in found['numbers']]}")
+        elif names[0] == "rivals":
+            rivals = {rival["form"]: rival for rival in found["comparison"]["rivals"]}
+            one = rivals[names[1]]
+            return Figure(one["held_out"] ** 2 - rivals[found["comparison"]["best"]]["held_out"] ** 2, one["low"], one["high"])
         elif names[1] in (constants := found["fits"][names[0]]["constants"]):
             return Figure(constants[names[1]])
         else:
@@ -123,19 +129,33 @@ class Laws:
 
 
 def _cost(folder: Path) -> Iterator[tuple[Name, Figure]]:
-    """Of each study and of all: runs, tokens trained on and core-hours, by the seconds of each run's last horizon on one core."""
-    total = [0.0, 0.0, 0.0]
+    """Runs and core-hours of each study that has a table, and of all: the seconds of each run's last horizon, on one core."""
+    total = [0.0, 0.0]
     for study in sorted({path.parent for path in folder.glob("*/*.parquet")}):
-        rows = results.load(study)
-        last = rows.sort_values("horizon_tokens").groupby(["point", "seed"]).last()
-        of_study = [len(last), float(last["tokens"].sum()), float(last["seconds"].sum()) / 3600]
+        if not (own := [path for path in study.glob("*.parquet") if not path.is_symlink()]):
+            continue
+        rows = pandas.concat([results.load(path) for path in own])
+        last = rows.sort_values("horizon_tokens").groupby("point").last()
+        of_study = (float(len(last)), float(last["seconds"].sum()) / 3600)
         total = [a + b for a, b in zip(total, of_study, strict=True)]
-        yield from zip(_of_cost(study.name), map(Figure, of_study), strict=True)
-    yield from zip(_of_cost("all"), map(Figure, total), strict=True)
+        yield from zip(((study.name, "runs"), (study.name, "core hours")), map(Figure, of_study), strict=True)
+    yield from zip((("all", "runs"), ("all", "core hours")), map(Figure, total), strict=True)
 
 
-def _of_cost(study: str) -> list[Name]:
-    return [(study, "runs"), (study, "tokens"), (study, "core hours")]
+def _shape(folder: Path) -> Iterator[tuple[Name, Figure]]:
+    """What the worst of the shapes with two blocks or more, and an aspect within a factor 40 of the widest of them, costs over the best, in
+    percent, with the error that the spread between seeds makes."""
+    path = folder / "kaplan_shape/all.parquet"
+    if not path.exists():
+        return
+    rows = results.load(path)
+    rows = rows[(rows["depth"] >= 2) & (rows["model.mlp_ratio"] == 4) & (rows["head_dim"] == 16)]
+    rows = rows.assign(aspect=rows["width"] / rows["depth"], log=rows["loss"].map(math.log))
+    shapes = rows[rows["aspect"] * 40 >= rows["aspect"].max()].groupby("aspect")["log"].agg(["mean", "var", "count"])
+    error = math.sqrt(float(shapes["var"].mean()) * 2 / float(shapes["count"].min()))
+    excess = float(shapes["mean"].max() - shapes["mean"].min())
+    ends = (100 * math.expm1(excess + way * 1.96 * error) for way in (0, -1, 1))
+    yield ("kaplan_shape", "worst of two blocks or more, aspects within a factor 40, %"), Figure(*ends)
 
 
 def _branch(folder: Path) -> Iterator[tuple[Name, Figure]]:
@@ -195,12 +215,15 @@ def truth(table: pandas.DataFrame, batch: float) -> dict[str, Figure]:
     points = batches.optima.points
     at = points[points["tokens"] == points["tokens"].max()]
     at = at.iloc[(at["batch_tokens"] / batch).map(math.log).abs().argmin()]
-    best = batches.points[batches.points["tokens"] == batches.points["tokens"].max()].iloc[0]
-    loss_se = float(points.loc[points["tokens"] == points["tokens"].max(), "loss_se"].mean())
+    last = int((batches.points["tokens"] == batches.points["tokens"].max()).to_numpy().argmax())
+    best, drawn = batches.points.iloc[last], batches.draws()["loss"][:, last]
+    spread = 1.96 * float(np.nanstd(drawn)) if not best["censored"] else 0.0
     return {
         "η*": _with_error(at["lr"], at["lr_log_se"], at["censored"]),
         "B*": _with_error(best["batch_tokens"], best["batch_log_se"], best["censored"]),
-        "L": Figure(best["loss"], best["loss"] - 1.96 * loss_se, best["loss"] + 1.96 * loss_se),
+        "L": Figure(best["loss"], None, best["loss"])
+        if best["censored"]
+        else Figure(best["loss"], best["loss"] - spread, best["loss"] + spread),
     }
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from measured import Figure, digits
 
-SEEN, NOT_SEEN, UNDECIDED = "seen", "not seen", "undecided at this scale"
+SEEN, NOT_SEEN, IN_PART, UNDECIDED = "seen", "not seen", "seen in part", "undecided at this scale"
 
 
 class Rule(NamedTuple):

@@ -5,7 +5,9 @@
 
 In story.md {{study|law|number}} stands for a number with its interval, {{=study|law|number}} for the number alone and {{%study|law|number}}
 for that in percent; {{said|study|law|pattern}} for what the pattern's group has in a sentence of the law; {{verdict|words of a claim}} for
-the verdict on the one claim with those words; {{seen}}, {{not seen}}, {{undecided at this scale}} and {{claims}} for how many there are.
+the verdict on the one claim with those words; {{seen}}, {{not seen}}, {{seen in part}}, {{undecided at this scale}} and {{claims}} for how
+many there are. {{holds|study|law|pattern}} and {{holds|verdict|words of a claim}} stand for nothing, and refuse to be written where no
+sentence of the law has the pattern, or the claim is not seen: what the words beside them say in words alone.
 """
 
 import re
@@ -14,7 +16,7 @@ from collections import Counter
 
 from claims import CLAIMS, table, verdict
 from measured import HERE, Figure, Laws, digits
-from rules import NOT_SEEN, SEEN, UNDECIDED
+from rules import IN_PART, NOT_SEEN, SEEN, UNDECIDED
 
 ROOT = HERE.parents[1]
 PAGES = {"story": ROOT / "docs/first_study.md", "claims": HERE / "claims.md"}
@@ -22,27 +24,38 @@ CLAIMS_HEAD = """# The claims, one by one
 
 From the committed results by `python studies/first/story.py`; the claims are in [`claims.py`](claims.py). A claim is seen if the whole 95%
 interval is as the fourth column's words have it, not seen if none of it is, and undecided otherwise ([`rules.py`](rules.py)) or where
-several figures disagree. The last column has the parts of [`run`](run) that repeat it.
+the figures do not answer it, as "given" has it. Where several figures differ it is seen in part. The last column has the parts of
+[`run`](run) that repeat it.
 
 """
 
 
 def filled(template: str, laws: Laws) -> str:
     """The template with every number in its place. KeyError names what the results do not have."""
-    judged = [(claim.text, verdict(claim, laws)) for claim in CLAIMS if all(map(laws.has, claim.figures.values()))]
+    judged = [(claim.text, verdict(claim, laws)) for claim in CLAIMS if all(map(laws.has, claim.names))]
     count = Counter(found for _, found in judged)
+
+    def judgement(words: str) -> str:
+        (found,) = (found for text, found in judged if words in text)
+        return found
 
     def said(match: re.Match) -> str:
         what = match[1]
-        if what in (SEEN, NOT_SEEN, UNDECIDED):
+        if what in (SEEN, NOT_SEEN, IN_PART, UNDECIDED):
             return str(count[what])
         if what == "claims":
             return str(len(judged))
         if what.startswith("said|"):
             return laws.said(*what.split("|")[1:])
+        if what.startswith("holds|"):
+            _, first, *rest = what.split("|")
+            if first == "verdict" and judgement(rest[0]) != SEEN:
+                raise ValueError(f"{rest[0]!r} is {judgement(rest[0])}, and the words beside it say that it is seen")
+            if first != "verdict":
+                laws.said(first, rest[0], f"({rest[1]})")
+            return ""
         if what.startswith("verdict|"):
-            (found,) = (found for text, found in judged if what.removeprefix("verdict|") in text)
-            return found
+            return judgement(what.removeprefix("verdict|"))
         figure = laws.figure(tuple(what.lstrip("=%").split("|")))
         if what.startswith("%"):
             figure = Figure(*(None if number is None else 100 * number for number in figure))
