@@ -71,7 +71,9 @@ def digits(value: float) -> str:
         return f"{mantissa}e{int(exponent)}".replace("-", "−")
     if abs(value) >= 1e4:
         return f"{float(f'{value:.3g}'):,.0f}".replace("-", "−")
-    places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3
+    if abs(value) < 0.1:
+        return f"{value:.2g}".replace("-", "−")
+    places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{places}f}".replace("-", "−")
 
 
