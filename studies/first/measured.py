@@ -206,9 +206,16 @@ def _held_back(folder: Path) -> Iterator[tuple[Name, Figure]]:
     tables = sorted((folder / "held_back").glob("*.parquet"))
     if not tables:
         return
-    for what, figure in truth(results.load(tables[0]), predicted["B*"].value or 0.0).items():
+    table = results.load(tables[0])
+    found = truth(table, predicted["B*"].value or 0.0)
+    for what, figure in found.items():
         yield ("held_back", f"{what} measured"), figure
         yield ("held_back", f"{what} measured over predicted"), figure.over(predicted[what])
+    last = table[table["horizon_tokens"] == table["horizon_tokens"].max()]
+    off = sum((last[name] / predicted[what].value).map(math.log) ** 2 for name, what in (("batch_tokens", "B*"), ("lr", "η*")))
+    loss, best = float(last.loc[off.idxmin(), "loss"]), found["L"]
+    ends = (None if end is None else loss - end for end in (best.high, best.low))
+    yield ("held_back", "excess of the run at the predicted lr and batch"), Figure(loss - (best.value or 0.0), *ends)
 
 
 def truth(table: pandas.DataFrame, batch: float) -> dict[str, Figure]:
