@@ -66,7 +66,7 @@ def digits(value: float) -> str:
         return "0"
     if 1e6 <= abs(value) < 1e9:
         return f"{value / 1e6:.3g} million".replace("-", "−")
-    if abs(value) >= 1e9 or abs(value) < 1e-3:
+    if abs(value) >= 1e9 or abs(value) < 1e-4:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}".replace("-", "−")
     if abs(value) >= 1e4:
