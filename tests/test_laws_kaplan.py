@@ -159,6 +159,17 @@ def test_numbers_that_rest_on_unidentified_parameters_have_no_value(stepwise):
     said(finding, "γ = α_N/α_D of D ∝ N^γ is not identified")
 
 
+def test_with_n_c_at_its_bound_the_ratio_of_exponents_is_what_the_bound_makes_it(subsetted):
+    """Sizes hardly differ: N_c is not identified, though α_N, given its bound, has a narrow interval."""
+    of_size = (1e45 / subsetted["params"]) ** (0.017 / 0.2)  # nearly a floor
+    hardly = subsetted.assign(loss=(of_size + 3e8 / subsetted["data_tokens"]) ** 0.2)
+    hardly["loss"] *= np.exp(0.003 * np.random.default_rng(21).normal(size=len(hardly)))
+    finding = kaplan.of_size_and_data(hardly)
+    assert {"n_c"} == {*finding.fits["kaplan_nd"].unidentified}
+    assert number(finding, "alpha_n / alpha_d").value is None
+    assert number(kaplan_overfitting.overfitting(hardly), "γ by L(N, D)").value is None
+
+
 def test_a_number_that_is_not_finite_has_no_value():
     assert derived("x", np.nan, np.zeros(9), [], ()).value is None
     assert derived("x", 1.0, np.array([np.nan] * 2 + [1.0] * 8), [], ()).note == "by 20% of the resamples it is not finite"

@@ -115,7 +115,7 @@ def of_size_and_data(table: pandas.DataFrame) -> Finding:
             law.values["alpha_n"] / law.values["alpha_d"],
             ratio,
             [law],
-            ("alpha_n", "alpha_d"),
+            ("n_c", "alpha_n", "alpha_d"),  # with N_c at its bound α_N is what the bound makes it
             published=theory.DATA_RULE[1],
             source=theory.SOURCE,
         )

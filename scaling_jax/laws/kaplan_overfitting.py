@@ -27,9 +27,9 @@ def overfitting(table: pandas.DataFrame) -> Finding:
     constants = {name: law.values[name] for name in law.form.names}
     drawn = {name: draws_of(law, name) for name in law.form.names}
     exponent = constants["alpha_n"] / constants["alpha_d"]
-    both = ("alpha_n", "alpha_d")
+    three = ("n_c", "alpha_n", "alpha_d")  # with N_c at its bound α_N is what the bound makes it
     ratio, source = drawn["alpha_n"] / drawn["alpha_d"], theory.SOURCE
-    by_constants = derived("γ by L(N, D)", exponent, ratio, [law], both, published=theory.DATA_RULE[1], source=source)
+    by_constants = derived("γ by L(N, D)", exponent, ratio, [law], three, published=theory.DATA_RULE[1], source=source)
     numbers, said = [by_constants], []
     said.append(against("γ = α_N/α_D of D ∝ N^γ", *by_constants[1:4], theory.DATA_RULE[1], theory.SOURCE))
     largest = float(points["params"].max())
