@@ -151,11 +151,11 @@ def test_studies_on_prose_share_their_text(name):
 def test_mup_transfer_on_prose_has_three_batches_and_centred_rates():
     name = "mup_transfer_cpu:prose"
     assert values(name, "model.width") == [32, 64, 128, 256] and values(name, "train.batch_tokens") == [2**9, 2**10, 2**11]
-    lowest = {
-        kind: min(p.values["optimizer.lr"] for p in points_of(name) if p.values["parametrization.name"] == kind)
-        for kind in ("mup", "standard")
-    }
-    assert lowest == {"mup": 2**-9, "standard": 2**-11}
+    tried = {(kind, width): set() for kind in ("mup", "standard") for width in (32, 64, 128, 256)}
+    for point in points_of(name):
+        tried[point.values["parametrization.name"], point.values["model.width"]].add(math.log2(point.values["optimizer.lr"]))
+    assert all(tried["mup", width] == set(range(-7, -2)) for width in (32, 64, 128, 256)) and tried["standard", 32] == tried["mup", 32]
+    assert [(min(tried["standard", width]), max(tried["standard", width])) for width in (64, 128, 256)] == [(-8, -3), (-9, -4), (-10, -5)]
 
 
 def test_kaplan_on_prose_has_faster_rates_and_more_domains():

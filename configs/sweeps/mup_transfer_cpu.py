@@ -8,7 +8,7 @@ to a tenth over 2^19 tokens in batches of 2^11, on the State of the Union messag
     scaling-jax sweep --config=configs/sweeps/mup_transfer_cpu.py:prose --workdir=runs/first/mup_transfer
 
 takes the first study's text (configs/sweeps/prose.py), 2^18 tokens and three batches, 2^9, 2^10 and 2^11, so that the slope in width has an
-interval; learning rates from 2^-9 under μP and from 2^-11 under standard.
+interval; learning rates 2^-7 … 2^-3 under μP at all widths, and under standard, from width 64 on, 2^-8 … 2^-3 halved as the width doubles.
 
     scaling-jax sweep --config=configs/sweeps/mup_transfer_cpu.py:small --workdir=runs/small
 
@@ -51,14 +51,19 @@ def prose() -> Study:
     config = runpy.run_path(str(Path(__file__).parent / "prose.py"))["on_prose"](base(small=False))
     config.schedule.warmup_tokens = 1 << 15
     config.train.tokens = 1 << 18
-    config.noise_scale.every = 4
+    config.noise_scale.every = 0
     config.eval.tokens = 1 << 16
-    lowest = {"mup": 2**-9, "standard": 2**-11}
-    tried = [
-        grid.product(grid.over("parametrization.name", (name,)), grid.over("optimizer.lr", grid.geometric(low, 2**-3, 2)))
-        for name, low in lowest.items()
+    tried = [("mup", width, 2**-7, 2**-3) for width in WIDTHS] + [("standard", WIDTHS[0], 2**-7, 2**-3)]
+    tried += [("standard", width, 2**-8 * 64 / width, 2**-3 * 64 / width) for width in WIDTHS[1:]]
+    shapes = [
+        grid.product(
+            grid.over("parametrization.name", (name,)),
+            grid.over("model.width", (width,)),
+            grid.over("optimizer.lr", grid.geometric(low, high, 2)),
+        )
+        for name, width, low, high in tried
     ]
-    return Study(config, grid.product(grid.over("model.width", WIDTHS), grid.over("train.batch_tokens", BATCHES), grid.chain(*tried)))
+    return Study(config, grid.product(grid.over("train.batch_tokens", BATCHES), grid.chain(*shapes)))
 
 
 def base(small: bool):
