@@ -91,8 +91,10 @@ class Laws:
         return name[0] in self.studies if len(name) > 2 else name in self.joined
 
     def said(self, study: str, law: str, pattern: str) -> str:
-        """What the one group of a pattern has in the law's one sentence that matches it. ValueError if not one does."""
-        sentences = self.studies[study]["laws"][law]["statements"]
+        """What the one group of a pattern has in the law's one sentence that matches it, or in why it was not fitted. ValueError if not one
+        does."""
+        of_study = self.studies[study]
+        sentences = of_study["laws"][law]["statements"] if law in of_study["laws"] else [of_study["not_fitted"][law]]
         found = [match[1] for sentence in sentences if (match := re.search(pattern, sentence))]
         if len(found) != 1:
             raise ValueError(f"{study}: {len(found)} sentences of {law} have {pattern!r}: {sentences}")
