@@ -61,7 +61,7 @@ class Figure(NamedTuple):
 
 
 def digits(value: float) -> str:
-    """Two digits of small numbers, three of others, as text that suits the size."""
+    """Two or three digits, as text that suits the size."""
     if value == 0:
         return "0"
     if 1e6 <= abs(value) < 1e9:
@@ -72,7 +72,7 @@ def digits(value: float) -> str:
     if abs(value) >= 1e4:
         return f"{float(f'{value:.3g}'):,.0f}".replace("-", "−")
     if abs(value) < 0.1:
-        return f"{value:.2g}".replace("-", "−")
+        return f"{value:.{3 if abs(value) >= 0.01 else 2}g}".replace("-", "−")
     places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{places}f}".replace("-", "−")
 
