@@ -6,7 +6,7 @@ of the tokens (Filatov et al. 2024) it has the same one. So B_crit is fitted joi
 factor of the size besides, which is 1 where the law collapses them.
 
 The noise scale of a run also depends on the batch size that it trains at. Where only long runs have large batches, as in a grid in which
-every run has its hundred steps, that passes for growth, so a factor of the batch size is fitted as well, if there are three of them.
+every run has its hundred steps, that hides or feigns growth, so a factor of the batch size is fitted as well, if there are three of them.
 """
 
 from collections.abc import Sequence
