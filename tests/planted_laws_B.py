@@ -72,11 +72,10 @@ def _planted() -> dict[str, tuple[Form, dict[str, float], Callable[[np.random.Ge
     # The noise scale, by tokens and by loss.
     x = dict(sizes)
     x["loss"] = 1.0 + 22.0 / x["params"] ** 0.34 + 45.0 / x["tokens"] ** 0.28
-    truths = {"growth_tokens": {"tokens_exponent": 0.6}, "growth_loss": {"loss_exponent": -4.5}}
+    truth = {"batch_crit": 3000.0, "tokens_exponent": 0.6, "loss_exponent": -4.5, "params_exponent": -0.1, "batch_exponent": 0.3}
     for form in growth_forms(Observations(x, x["loss"], each, "")):
-        truth = {"batch_crit": 3000.0} | truths[form.name.removesuffix("_size")]
-        truth |= {"params_exponent": -0.1} if form.name.endswith("_size") else {}
-        add(form.name, form, truth, x, cells(x, "params", "batch_tokens"), 0.1, 0.05)
+        own = {name: truth[name] for name in form.names}
+        add(form.name, form, own, x, cells(x, "params", "batch_tokens"), 0.1, 0.05)
 
     for name, symbol in (("sensitivity", "S"), ("curvature", "d²L/d(ln η)²")):
         form = sensitivity_form(name, symbol, tokens, size)
