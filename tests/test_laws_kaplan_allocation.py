@@ -62,3 +62,15 @@ def test_without_converged_losses_there_is_no_number():
     for name in (MEASURED, CLOSED):
         assert found[name].value is None and "not identified" in found[name].note
     assert any("how far the frontier is above L(N, ∞) cannot be told" in sentence for sentence in finding.statements)
+
+
+def test_rows_without_a_noise_scale_are_counted_where_it_stands_for_the_critical_batch():
+    table = plain(1e4 * 2.0 ** np.arange(9)).assign(noise_scale_tokens=4096.0)
+    whole = kaplan_allocation.allocation(table)
+    assert any(sentence == "B_crit is each row's noise scale (noise_scale_tokens)" for sentence in whole.statements)
+    table.loc[table["params"] == 1e4, "noise_scale_tokens"] = np.nan
+    few = kaplan_allocation.allocation(table)
+    left_out = (
+        "B_crit is each row's noise scale (noise_scale_tokens); 23 of 207 settings and horizons, whose B_crit is not known, are left out"
+    )
+    assert left_out in few.statements

@@ -89,6 +89,12 @@ class Critical(NamedTuple):
     said: str
     law: PowerLaw | None = None  # of the loss, where it was fitted
 
+    def counted(self, rows: pandas.DataFrame) -> "Critical":
+        """The same, saying as well how many of the rows it does not know B_crit of."""
+        unknown = int((~np.isfinite(self.of(rows))).sum())
+        left_out = f"; {unknown} of {len(rows)} settings and horizons, whose B_crit is not known, are left out"
+        return self._replace(said=self.said + left_out) if unknown else self
+
     def off(self) -> list["Critical"]:
         """The law higher by its standard error, and steeper by its: two errors that are independent of each other."""
         if (law := self.law) is None:
@@ -141,6 +147,7 @@ def of_steps(table: pandas.DataFrame) -> Finding:
             f"B_crit is not known (it needs 4 batch sizes, or noise_scale_tokens): S is plain steps, at batches of {largest:.4g} tokens"
         ]
     else:
+        critical = critical.counted(best)
         steps = theory.min_steps(steps, best["batch_tokens"], critical.of(best))
         said = [critical.said]
     points = best.assign(params=best["size"], min_steps=np.asarray(steps, float), steps=best["tokens"] / best["batch_tokens"])
@@ -203,6 +210,7 @@ def least_compute_rows(table: pandas.DataFrame, what: str) -> tuple[pandas.DataF
             f"{what} needs B_crit: rows at 4 batch sizes or more that reach the same losses, or the column {NOISE}; the table has neither"
         )
     best = tuned(rows, ("size", "batch_tokens", "horizon"))
+    critical = critical.counted(best)
     best = with_least_compute(best, critical)
     best = best[np.isfinite(best["min_flops"])].reset_index(drop=True)
     best["course"] = best.groupby(["size", "batch_tokens"]).ngroup()
