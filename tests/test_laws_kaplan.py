@@ -262,6 +262,7 @@ def test_least_compute_and_its_refusal(stepwise):
     finding = kaplan_steps.of_least_compute(stepwise)
     low, high = finding.fits["kaplan_cmin"].intervals["alpha_c_min"]
     assert low - 0.003 < kaplan_theory.compute_exponent(TRAINING) < high + 0.003
+    said(finding, f"alpha_c_min is {finding.fits['kaplan_cmin'].values['alpha_c_min']:.3g} ({low:.3g} to {high:.3g})")
     with pytest.raises(UserError, match="needs B_crit: rows at 4 batch sizes or more .* noise_scale_tokens"):
         kaplan_steps.of_least_compute(only(stepwise, batch_tokens=(2048,)))
 

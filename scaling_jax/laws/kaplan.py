@@ -4,6 +4,8 @@ What each takes of a table is in its docstring; `frontier` has the reductions. L
 overfitting in `kaplan_overfitting`, shape and transfer in `kaplan_shape`.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas
 
@@ -12,6 +14,7 @@ from scaling_jax.laws import kaplan_forms as forms
 from scaling_jax.laws import kaplan_theory as theory
 from scaling_jax.laws.chinchilla_form import QUICK
 from scaling_jax.laws.finding import Analysis, Finding
+from scaling_jax.laws.fit import LawFit
 from scaling_jax.laws.frontier import different_sizes, early_stopped, frontier_rows, last_fall, on_all_data, prepared, tuned, tuning_said
 from scaling_jax.laws.observations import Observations, different, enough
 from scaling_jax.laws.rivals import beside_published, derived, draws_of, fitted_rivals
@@ -69,11 +72,12 @@ def of_compute(table: pandas.DataFrame) -> Finding:
     return compute_law("kaplan_c", what, rows, "flops", "size", (forms.C, forms.C_FLOOR), tuning_said(rows))
 
 
-def compute_law(name, what, rows, budget, course, pair, origin, more=()) -> Finding:
-    """A law along the lower envelope of rows over a budget."""
+def compute_law(name, what, rows, budget, course, pair, origin, more=(), widened: Callable[[LawFit], LawFit] = lambda law: law) -> Finding:
+    """A law along the lower envelope of rows over a budget; `widened` brings what its fits do not know of into their intervals."""
     data = envelope_observations(what, rows, budget, course, origin)
     points = data.frame
     fits, best, comparison, statements = fitted_rivals(pair, data, budget)
+    fits = {form: widened(law) for form, law in fits.items()}
     said = beside_published(fits[pair[0].name], theory.SOURCE)
     said.append(
         "the envelope is the least of several noisy losses at each budget, and so a little too low, more where more sizes were tried"

@@ -194,12 +194,12 @@ def of_least_compute(table: pandas.DataFrame) -> Finding:
     rows, critical = least_compute_rows(table, what)
     different_sizes(rows["size"], 3, what)
     origin, pair = tuning_said(rows), (forms.C_MIN, forms.C_MIN_FLOOR)
-    finding = compute_law("kaplan_cmin", what, rows, "min_flops", "course", pair, origin, [critical.said])
+    law_of = functools.partial(compute_law, "kaplan_cmin", what, rows, "min_flops", "course", pair, origin)
     try:
         others = [envelope_observations(what, with_least_compute(rows, other), "min_flops", "course", origin) for other in critical.off()]
     except UserError as error:
-        return finding._replace(statements=[*finding.statements, f"the error of B_crit is not in the intervals: {error}"])
-    return finding._replace(fits={name: with_error_of_input(law, others, critical.draws) for name, law in finding.fits.items()})
+        return law_of([critical.said, f"the error of B_crit is not in the intervals: {error}"])
+    return law_of([critical.said], lambda law: with_error_of_input(law, others, critical.draws))
 
 
 def least_compute_rows(table: pandas.DataFrame, what: str) -> tuple[pandas.DataFrame, Critical]:
