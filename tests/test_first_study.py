@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -31,10 +32,35 @@ def test_the_script_is_sound_and_refuses_a_part_that_there_is_not():
     assert refused.returncode == 2 and "no_such: no such part; must be of data" in refused.stderr
 
 
-@pytest.mark.parametrize("sweep", re.findall(r"sweep (\w+ \w+ \S+);", SCRIPT), ids=lambda sweep: sweep.split()[2])
+def test_a_folder_whose_links_lead_to_a_part_not_yet_run_is_not_fitted(tmp_path):
+    here = tmp_path / "studies/first"
+    for folder in ("part", "joined"):
+        (here / folder).mkdir(parents=True)
+    (here / "part/all.parquet").touch()
+    (here / "joined/all.parquet").symlink_to("../part/all.parquet")
+    (here / "joined/later.parquet").symlink_to("../later/all.parquet")
+    (tmp_path / "scaling-jax").write_text("#!/bin/sh\necho $*\n")
+    (tmp_path / "scaling-jax").chmod(0o755)
+
+    def fit() -> str:
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        return subprocess.run([FIRST / "run", "fit"], cwd=tmp_path, env={"PATH": path}, check=True, capture_output=True, text=True).stdout
+
+    fitted = "fit studies/first/{0} --law=all --out=studies/first/{0}/laws.json\n"
+    waits = "studies/first/joined: not fitted, as the part of studies/first/joined/later.parquet is yet to be run\n"
+    assert fit() == waits + fitted.format("part")
+    (here / "later").mkdir()
+    (here / "later/all.parquet").touch()
+    assert fit() == fitted.format("joined") + fitted.format("later") + fitted.format("part")
+
+
+SWEEPS = re.findall(r"sweep (\w+ \w+ \S+?);?\s", SCRIPT.replace("$sweeps", "configs/sweeps").replace("$here", "studies/first"))
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.split()[2])
 def test_every_sweep_resolves_and_its_table_is_of_its_points(sweep):
     folder, name, config = sweep.split()
-    points = resolve(load_study(str(ROOT / "configs/sweeps" / config)))
+    points = resolve(load_study(str(ROOT / config)))
     table = results.load(FIRST / folder / f"{name}.parquet", required=("loss", "tokens", "lr", "batch_tokens"))
     assert (table.status != "pending").all()
     columns = ["lr", "batch_tokens", "width", "depth", "seed", "parametrization", "data_tokens", "schedule", "horizon_tokens"]

@@ -220,10 +220,9 @@ def test_the_error_of_the_critical_batch_is_in_the_intervals(stepwise, monkeypat
     analyses = ((kaplan_steps.of_steps, "kaplan_ns", "s_c"), (kaplan_steps.of_least_compute, "kaplan_cmin", "c_c_min"))
     for analysis, law, name in analyses:
         ends[law] = np.diff(np.log(analysis(stepwise).fits[law].intervals[name]))
-    with monkeypatch.context() as wide:  # as much wider as no digit would hide
-        wide.setattr(
-            kaplan_steps, "with_error_of_input", lambda law, *_: law._replace(intervals={name: (0.01, 0.1) for name in law.intervals})
-        )
+    with monkeypatch.context() as other:
+        wider = {name: (0.01, 0.1) for name in ("c_c_min", "alpha_c_min", "floor")}
+        other.setattr(kaplan_steps, "with_error_of_input", lambda law, *_: law._replace(intervals=wider))
         said(kaplan_steps.of_least_compute(stepwise), "(0.01 to 0.1)")
     known = kaplan_steps.known_critical
     monkeypatch.setattr(kaplan_steps, "known_critical", lambda rows: known(rows)._replace(law=None))

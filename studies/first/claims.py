@@ -58,7 +58,8 @@ SQRT, WIDTH, SIZE = about(0.5, 0.15), about(0.0, 0.15), about(0.0, 0.075)  # tol
 FORMS = {f"p by {form}": _of("lr_surface", f"B_crit ∝ T^p by {form}") for form in ("surge", "plateau")}
 A_BEND = ("a bend is told from a power", _of("lr_surface", "rivals", "power"), sign(1))
 BEYOND = (f"B_crit by surge is below {LARGE_B:,}", _of("lr_surface", "surge", "batch_crit"), below(LARGE_B))
-BY_LOSS = _of("critical_growth", "rivals", "growth_tokens")
+BY_LOSS = (FRONTIER, "critical_growth", "rivals", "growth_tokens")
+ALL_WIDTHS = f"{WIDTHS} frontier held_back"
 ABOVE = "frontier above converged by, where sizes take over"
 A_THIRD = "rms error, one law of all sizes over the loss stays"
 CLAIMS = (
@@ -77,12 +78,12 @@ CLAIMS = (
         TT,
         "B_crit grows as T",
         "noise scale near η* at equal B, ∝ T^p",
-        {"p": _of("critical_growth", "B_crit ∝ T^p at equal batch size")},
+        {"p": (FRONTIER, "critical_growth", "B_crit ∝ T^p at equal batch size")},
         about(1.0, 0.25),
-        WIDTHS,
+        ALL_WIDTHS,
     ),
     Claim(TT, "B_crit grows with T", "by branches of one run, ∝ T^p", {"p": ("branch", "growth by branches")}, sign(1), "branch"),
-    Claim(TT, "B_crit is a law of T, not of the loss", "error of T on larger N, less that of L", {"excess": BY_LOSS}, sign(-1), WIDTHS),
+    Claim(TT, "B_crit is a law of T, not of the loss", "error of T on larger N, less that of L", {"excess": BY_LOSS}, sign(-1), ALL_WIDTHS),
     Claim(TT1, "B* grows as √T", "each B at its own η*, ∝ T^m", {"m": _of("batch_optimum", "B* ∝ T^m")}, SQRT, WIDTHS),
     Claim(TT, "B* grows with T", "each B at its own η*, ∝ T^m", {"m": _of("batch_optimum", "B* ∝ T^m")}, sign(1), WIDTHS),
     Claim(
@@ -118,9 +119,9 @@ CLAIMS = (
         TT,
         "B_crit is the same at all widths at equal T",
         "noise scale, ∝ N^r",
-        {"r": _of("critical_growth", "B_crit ∝ N^r at equal tokens")},
+        {"r": (FRONTIER, "critical_growth", "B_crit ∝ N^r at equal tokens")},
         SIZE,
-        WIDTHS,
+        ALL_WIDTHS,
     ),
     Claim(
         MUP,
@@ -208,7 +209,15 @@ CLAIMS = (
         "tokens ∝ N^p at equal loss",
         {"p": (FRONTIER, "kaplan_efficiency", "p of tokens (and steps) to a loss ∝ N^p")},
         sign(-1),
-        f"{WIDTHS} frontier",
+        ALL_WIDTHS,
+    ),
+    Claim(
+        KAPLAN,
+        "L(C) ∝ C^−0.057",
+        "lower envelope of the sizes, C = 6·N·T",
+        {"α_C": (FRONTIER, "kaplan_c", "kaplan_c", "alpha_c")},
+        about(0.057, 0.015),
+        ALL_WIDTHS,
     ),
     Claim(
         KAPLAN,
@@ -216,7 +225,7 @@ CLAIMS = (
         "N ∝ C_min^p",
         {"p": (FRONTIER, "kaplan_allocation", "p of N ∝ C_min^p, measured")},
         about(0.73, 0.15),
-        f"{WIDTHS} frontier",
+        ALL_WIDTHS,
     ),
     Claim(
         KAPLAN,
@@ -224,7 +233,7 @@ CLAIMS = (
         "share above L(N, ∞)",
         {"share": (FRONTIER, "kaplan_allocation", ABOVE)},
         about(0.1, 0.05),
-        f"{WIDTHS} frontier",
+        ALL_WIDTHS,
     ),
     Claim(
         KAPLAN,
@@ -238,18 +247,20 @@ CLAIMS = (
         KAPLAN,
         "B_crit ∝ L^−4.8",
         "noise scale near η* at equal B, ∝ L^x",
-        {"x": _of("critical_growth", "B_crit ∝ L^x at equal batch size")},
+        {"x": (FRONTIER, "critical_growth", "B_crit ∝ L^x at equal batch size")},
         about(-1 / 0.21, 1.5),
-        WIDTHS,
+        ALL_WIDTHS,
     ),
-    Claim(KAPLAN, "B_crit is a law of the loss, not of T", "error of T on larger N, less that of L", {"excess": BY_LOSS}, sign(1), WIDTHS),
+    Claim(
+        KAPLAN, "B_crit is a law of the loss, not of T", "error of T on larger N, less that of L", {"excess": BY_LOSS}, sign(1), ALL_WIDTHS
+    ),
     Claim(
         KAPLAN,
         "B_crit is the same at all sizes at equal loss",
         "noise scale, ∝ N^r",
-        {"r": _of("critical_growth", "B_crit ∝ N^r at equal loss")},
+        {"r": (FRONTIER, "critical_growth", "B_crit ∝ N^r at equal loss")},
         SIZE,
-        WIDTHS,
+        ALL_WIDTHS,
     ),
 )
 
