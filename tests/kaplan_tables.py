@@ -79,3 +79,27 @@ def parametric(rng, noise=0.003):
     points = [{"point": f"{n:g}-{d:g}", "params": n, "tokens": d, "lr": 0.01, "seed": 0} for n, d in pairs]
     x = {"params": np.array([n for n, _ in pairs]), "tokens": np.array([d for _, d in pairs])}
     return frame(points, CHINCHILLA.predict(PARAMETRIC, x), rng, noise)
+
+
+# ------------------------------------------------------------------------------------------------------------------- what was found
+
+
+def holds(law, truth):
+    """Every interval, widened by a fifth for the one in twenty that misses, holds the truth."""
+    for name, value in truth.items():
+        low, high = law.intervals[name]
+        slack = 0.1 * np.log(high / low)
+        assert np.log(low) - slack <= np.log(value) <= np.log(high) + slack, (name, low, value, high)
+
+
+def said(finding, words):
+    assert any(words in sentence for sentence in finding.statements), finding.statements
+
+
+def number(finding, name):
+    return next(number for number in finding.numbers if number.name.startswith(name))
+
+
+def only(table, **values):
+    kept = np.logical_and.reduce([table[name].isin(value) for name, value in values.items()])
+    return table[kept].reset_index(drop=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas
 import pytest
-from kaplan_tables import PARAMETRIC, SUBSETS, TRAINING, parametric, steps, subsets
+from kaplan_tables import PARAMETRIC, SUBSETS, TRAINING, holds, number, only, parametric, said, steps, subsets
 from planted_laws_A import PLANTED
 
 from scaling_jax.errors import UserError
@@ -32,27 +32,6 @@ def stepwise():
 @pytest.fixture(scope="module")
 def subsetted():
     return subsets(np.random.default_rng(1))
-
-
-def holds(law, truth):
-    """Every interval, widened by a fifth for the one in twenty that misses, holds the truth."""
-    for name, value in truth.items():
-        low, high = law.intervals[name]
-        slack = 0.1 * np.log(high / low)
-        assert np.log(low) - slack <= np.log(value) <= np.log(high) + slack, (name, low, value, high)
-
-
-def said(finding, words):
-    assert any(words in sentence for sentence in finding.statements), finding.statements
-
-
-def number(finding, name):
-    return next(number for number in finding.numbers if number.name.startswith(name))
-
-
-def only(table, **values):
-    kept = np.logical_and.reduce([table[name].isin(value) for name, value in values.items()])
-    return table[kept].reset_index(drop=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- L(N), L(D), L(C)
@@ -177,58 +156,7 @@ def test_a_number_that_is_not_finite_has_no_value():
     assert derived("x", 1.0, np.zeros(0), [], (), note="far")[1:] == (1.0, None, None, "", None, "", "far")
 
 
-# ------------------------------------------------------------------------------------------------------------ batch size, steps, allocation
-
-
-def test_critical_batch_by_loss(stepwise):
-    finding = kaplan_steps.of_critical_batch(stepwise)
-    low, high = finding.fits["kaplan_bcrit"].intervals["alpha_b"]
-    assert low - 0.01 < TRAINING.alpha_b < high + 0.01 and high - low < 0.05
-    truth = kaplan_theory.critical_batch(finding.points["loss"], TRAINING.b_star, TRAINING.alpha_b)
-    off = np.log(finding.points["critical_batch_tokens"] / truth)[~finding.points["censored"]]
-    assert np.median(np.abs(off)) < 0.1 and (~finding.points["censored"]).sum() >= 15
-    said(finding, "depends on the loss alone")
-
-
-def test_a_narrow_range_of_batches_has_no_bend(stepwise):
-    rng, rows = np.random.default_rng(12), []
-    for batch in (512, 576, 640, 704):  # of B_crit 5e5
-        for tokens in np.geomspace(1e5, 1e7, 9):
-            loss = 2 + (1e6 / (tokens / (1 + batch / 5e5))) ** 0.3 * np.exp(0.01 * rng.normal())
-            rows.append({"params": 1e5, "batch_tokens": batch, "tokens": tokens, "lr": 0.01, "loss": loss})
-    with pytest.raises(UserError, match=r"B_crit\(L\) needs 3 losses or more at which the steps of 4 batch sizes show their bend"):
-        kaplan_steps.of_critical_batch(pandas.DataFrame(rows))
-    with pytest.raises(UserError, match="B_crit.L. needs at least 4 different batch_tokens"):
-        kaplan_steps.of_critical_batch(only(stepwise, batch_tokens=(2048,)))
-
-
-def test_law_of_steps(stepwise):
-    finding = kaplan_steps.of_steps(stepwise)
-    law = finding.fits["kaplan_ns"]
-    assert law.values["alpha_n"] == pytest.approx(TRAINING.alpha_n, rel=0.03)
-    assert law.values["alpha_s"] == pytest.approx(TRAINING.alpha_s, rel=0.03)
-    assert law.values["s_c"] == pytest.approx(TRAINING.s_c, rel=0.05)
-    said(finding, "B_crit(L) by steps to a loss")
-    late = kaplan_steps.of_steps(stepwise.assign(warmup_tokens=2**20))
-    assert late.points["tokens"].min() > 2**20 > finding.points["tokens"].min()  # after warmup
-    assert number(finding, "efficient training stops").value == pytest.approx(TRAINING.alpha_n / TRAINING.alpha_s, rel=0.05)
-    assert number(finding, "compute for 2.2").value == pytest.approx(kaplan_theory.other_size(2.2, TRAINING)[1], rel=0.03)
-
-
-def test_the_error_of_the_critical_batch_is_in_the_intervals(stepwise, monkeypatch):
-    ends = {}
-    analyses = ((kaplan_steps.of_steps, "kaplan_ns", "s_c"), (kaplan_steps.of_least_compute, "kaplan_cmin", "c_c_min"))
-    for analysis, law, name in analyses:
-        ends[law] = np.diff(np.log(analysis(stepwise).fits[law].intervals[name]))
-    with monkeypatch.context() as other:
-        wider = {name: (0.01, 0.1) for name in ("c_c_min", "alpha_c_min", "floor")}
-        other.setattr(kaplan_steps, "with_error_of_input", lambda law, *_: law._replace(intervals=wider))
-        said(kaplan_steps.of_least_compute(stepwise), "(0.01 to 0.1)")
-    known = kaplan_steps.known_critical
-    monkeypatch.setattr(kaplan_steps, "known_critical", lambda rows: known(rows)._replace(law=None))
-    for analysis, law, name in analyses:
-        alone = np.diff(np.log(analysis(stepwise).fits[law].intervals[name]))
-        assert ends[law] > (1.1 if law == "kaplan_ns" else 0.98) * alone  # a small part of what few runs of an envelope leave open
+# ------------------------------------------------------------------------------------------------------------- an input's error, allocation
 
 
 def test_an_error_of_an_input_moves_what_follows_from_it():
@@ -245,29 +173,6 @@ def test_an_error_of_an_input_moves_what_follows_from_it():
     np.testing.assert_allclose(np.log(np.array(moved.intervals["n_c"]) / law.values["n_c"]), 1.96 * np.log([1 / 1.3, 1.3]), rtol=0.1)
     far = with_error_of_input(alone, [off], lambda count: np.full((count, 1), 1e3))
     assert far.intervals["n_c"][1] is None and "its interval is open" in far.unidentified["n_c"]
-
-
-def test_law_of_steps_without_a_critical_batch_is_of_plain_steps(stepwise):
-    plain = only(stepwise, batch_tokens=(2048, 32768))
-    finding = kaplan_steps.of_steps(plain)
-    said(finding, "S is plain steps, at batches of 3.277e+04 tokens")
-    np.testing.assert_allclose(finding.points["min_steps"], finding.points["tokens"] / 32768)
-
-
-def test_the_noise_scale_stands_in_where_steps_to_a_loss_do_not_tell(stepwise):
-    known = only(stepwise, batch_tokens=(2048, 32768))
-    known["noise_scale_tokens"] = kaplan_theory.critical_batch(known["loss"], TRAINING.b_star, TRAINING.alpha_b)
-    finding = kaplan_steps.of_steps(known)
-    said(finding, "noise scale")
-    assert finding.fits["kaplan_ns"].values["alpha_s"] == pytest.approx(TRAINING.alpha_s, rel=0.03)
-
-
-def test_least_compute_and_its_refusal(stepwise):
-    finding = kaplan_steps.of_least_compute(stepwise)
-    low, high = finding.fits["kaplan_cmin"].intervals["alpha_c_min"]
-    assert low - 0.003 < kaplan_theory.compute_exponent(TRAINING) < high + 0.003
-    with pytest.raises(UserError, match="needs B_crit: rows at 4 batch sizes or more .* noise_scale_tokens"):
-        kaplan_steps.of_least_compute(only(stepwise, batch_tokens=(2048,)))
 
 
 def test_allocation_sets_the_measured_beside_the_closed_form(stepwise, subsetted):

@@ -113,18 +113,24 @@ def _by_law(law: PowerLaw, rows: pandas.DataFrame) -> np.ndarray:
 
 
 def known_critical(rows: pandas.DataFrame) -> Critical | None:
-    """B_crit(L) by steps to a loss where the table has that; else the noise scale of each row; else None."""
+    """B_crit(L) by steps to a loss where these tell it; else the noise scale of each row; else what the steps have; else None."""
+    from scipy.special import stdtrit  # only here: slow to import
+
+    by_steps, unknown = None, ""
     if "batch_tokens" in rows and rows["batch_tokens"].nunique() > 3:
         points = critical_points(rows)
         fitted = points[~points["censored"]]
         if (law := power_law(fitted["loss"], fitted["critical_batch_tokens"])) is not None:
-            said = f"B_crit(L) by steps to a loss, {law.points} points, L^{law.exponent:.3g}"
-            return Critical(functools.partial(_by_law, law), said, law)
+            of_points = f"{law.points} points, L^{law.exponent:.3g}"
+            by_steps = Critical(functools.partial(_by_law, law), f"B_crit(L) by steps to a loss, {of_points}", law)
+            if abs(law.exponent) > stdtrit(law.points - 2, 0.975) * law.exponent_se:
+                return by_steps
+            unknown = f"; steps to a loss do not tell it ({of_points} ± {law.exponent_se:.2g})"
     if NOISE in rows and (np.isfinite(rows[NOISE].astype(float)) & (rows[NOISE] > 0)).any():
         return Critical(
-            lambda r: r[NOISE].astype(float).where(r[NOISE] > 0).to_numpy(), "B_crit is each row's noise scale (noise_scale_tokens)"
+            lambda r: r[NOISE].astype(float).where(r[NOISE] > 0).to_numpy(), f"B_crit is each row's noise scale ({NOISE}){unknown}"
         )
-    return None
+    return by_steps
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ L(N, S_min)
