@@ -27,31 +27,39 @@ PARTS = re.search(r'^parts="(.*)"$', SCRIPT, re.MULTILINE)[1].split()
 def test_the_script_is_sound_and_refuses_a_part_that_there_is_not():
     named = subprocess.run([str(FIRST / "run")], cwd=ROOT, capture_output=True, text=True)
     assert named.returncode == 0 and named.stdout == f"parts: {' '.join(PARTS)}\n"
-    assert set(PARTS) == set(re.findall(r"^(\w+)\(\) {", SCRIPT, re.MULTILINE)) - {"sweep"}
+    assert set(PARTS) == set(re.findall(r"^(\w+)\(\) {", SCRIPT, re.MULTILINE)) - {"sweep", "of_each"}
     refused = subprocess.run([str(FIRST / "run"), "no_such"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "no_such: no such part; must be of data" in refused.stderr
 
 
-def test_a_folder_whose_links_lead_to_a_part_not_yet_run_is_not_fitted(tmp_path):
+@pytest.mark.parametrize("part, last", [("fit", "--law=all --out={0}/laws.json"), ("pages", "--out={0}/page")])
+def test_a_folder_whose_links_lead_to_a_part_not_yet_run_is_left_out(tmp_path, part, last):
     here = tmp_path / "studies/first"
     for folder in ("part", "joined"):
         (here / folder).mkdir(parents=True)
     (here / "part/all.parquet").touch()
     (here / "joined/all.parquet").symlink_to("../part/all.parquet")
     (here / "joined/later.parquet").symlink_to("../later/all.parquet")
-    (tmp_path / "scaling-jax").write_text("#!/bin/sh\necho $*\n")
-    (tmp_path / "scaling-jax").chmod(0o755)
+    for command in ("scaling-jax", "python"):
+        (tmp_path / command).write_text("#!/bin/sh\necho $*\n")
+        (tmp_path / command).chmod(0o755)
 
-    def fit() -> str:
+    def said() -> list[str]:
         path = f"{tmp_path}:{os.environ['PATH']}"
-        return subprocess.run([FIRST / "run", "fit"], cwd=tmp_path, env={"PATH": path}, check=True, capture_output=True, text=True).stdout
+        found = subprocess.run([FIRST / "run", part], cwd=tmp_path, env={"PATH": path}, check=True, capture_output=True, text=True)
+        return [line for line in found.stdout.splitlines() if line != "studies/first/story.py"]
 
-    fitted = "fit studies/first/{0} --law=all --out=studies/first/{0}/laws.json\n"
-    waits = "studies/first/joined: not fitted, as the part of studies/first/joined/later.parquet is yet to be run\n"
-    assert fit() == waits + fitted.format("part")
+    done = {
+        folder: f"{part.replace('pages', 'report')} {{0}} {last}".format(f"studies/first/{folder}")
+        for folder in ("joined", "later", "part")
+    }
+    assert said() == [
+        "studies/first/joined: left out, as the part of studies/first/joined/later.parquet is yet to be run",
+        done["part"],
+    ]
     (here / "later").mkdir()
     (here / "later/all.parquet").touch()
-    assert fit() == fitted.format("joined") + fitted.format("later") + fitted.format("part")
+    assert said() == [done["joined"], done["later"], done["part"]]
 
 
 SWEEPS = re.findall(r"sweep (\w+ \w+ \S+?);?\s", SCRIPT.replace("$sweeps", "configs/sweeps").replace("$here", "studies/first"))

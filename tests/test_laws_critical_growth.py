@@ -59,6 +59,25 @@ def test_where_only_long_runs_have_large_batches_growth_is_told_at_equal_batch_s
     assert not any("equal batch size" in number.name for number in two.numbers)
 
 
+@pytest.mark.parametrize("below", [-7.0, -2.0])
+def test_a_power_of_the_loss_that_steepens_is_said_to_be_none(below):
+    rng, rows = np.random.default_rng(1), []
+    for params, width in ((6144.0, 16), (24576.0, 32), (98304.0, 64)):
+        for batch in (512.0, 1024.0, 2048.0):
+            rows += [{"params": params, "width": width, "batch_tokens": batch, "tokens": tokens} for tokens in 2.0 ** np.arange(18, 24)]
+    table = pandas.DataFrame(rows)
+    table["loss"] = 12.0 * table["tokens"] ** -0.05 * table["params"] ** -0.03
+    over = table["loss"] / np.median(table["loss"])
+    table[NOISE[0]] = 5000.0 * over ** np.where(over > 1, -2.0, below) * np.exp(0.03 * rng.normal(size=len(table)))
+    table[NOISE[1]], table[NOISE[2]] = table[NOISE[0]] * 0.9, table[NOISE[0]] * 1.1
+    finding = find(table)
+    named = {number.name: number for number in finding.numbers}
+    for side, planted in (("above", -2.0), ("below", below)):
+        half = named[f"B_crit ∝ L^x {side} the median loss"]
+        assert half.low - 0.1 < planted < half.high + 0.1 and half.high - half.low < 2
+    assert any(sentence.startswith("No one power of the loss: L^x has x -") for sentence in finding.statements) == (below == -7.0)
+
+
 def test_sizes_too_alike_tell_nothing():
     finding = find(World(widths=(32, 33), noise_sd=0.3, seeds=1).table())
     text = " ".join(finding.statements)

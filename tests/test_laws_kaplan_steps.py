@@ -74,12 +74,27 @@ def test_law_of_steps_without_a_critical_batch_is_of_plain_steps(stepwise):
     np.testing.assert_allclose(finding.points["min_steps"], finding.points["tokens"] / 32768)
 
 
-def test_the_noise_scale_stands_in_where_steps_to_a_loss_do_not_tell(stepwise):
-    known = only(stepwise, batch_tokens=(2048, 32768))
-    known["noise_scale_tokens"] = kaplan_theory.critical_batch(known["loss"], TRAINING.b_star, TRAINING.alpha_b)
+def test_the_noise_scale_stands_in_where_batches_are_too_few_for_steps_to_a_loss(stepwise):
+    few = only(stepwise, batch_tokens=(2048, 32768))
+    known = few.assign(noise_scale_tokens=kaplan_theory.critical_batch(few["loss"], TRAINING.b_star, TRAINING.alpha_b))
     finding = kaplan_steps.of_steps(known)
     said(finding, "noise scale")
     assert finding.fits["kaplan_ns"].values["alpha_s"] == pytest.approx(TRAINING.alpha_s, rel=0.03)
+
+
+def test_the_noise_scale_is_the_critical_batch_to_a_factor(stepwise, monkeypatch):
+    """Within 2 at 95%: α_S moves by as much as it would with a noise scale that is off by that."""
+    few = only(stepwise, batch_tokens=(2048, 32768))
+    truth = kaplan_theory.critical_batch(few["loss"], TRAINING.b_star, TRAINING.alpha_b)
+
+    def alpha_s(factor):
+        law = kaplan_steps.of_steps(few.assign(noise_scale_tokens=factor * truth)).fits["kaplan_ns"]
+        return law.values["alpha_s"], np.diff(law.intervals["alpha_s"])[0] / 2
+
+    moved, (_, half) = abs(alpha_s(2.0)[0] - alpha_s(0.5)[0]) / 2, alpha_s(1.0)
+    monkeypatch.setattr(kaplan_steps, "NOISE_WITHIN", 1.0)
+    alone = alpha_s(1.0)[1]
+    assert moved > 2 * alone and half == pytest.approx(np.hypot(moved, alone), rel=0.35)
 
 
 def test_least_compute_and_its_refusal(stepwise):
@@ -104,6 +119,16 @@ def test_steps_that_do_not_tell_the_critical_batch_leave_it_to_the_noise_scale(s
     assert told.law.exponent == pytest.approx(-4) and told.said == "B_crit(L) by steps to a loss, 3 points, L^-4"
     noisy = known([1000.0, 3000.0, 1500.0], measured)
     assert noisy.law is None and (noisy.of(measured) == 4096.0).all()
-    assert "each row's noise scale (noise_scale_tokens); steps to a loss do not tell it (3 points, L^-8.97 ± 23)" in noisy.said
-    alone = known([1000.0, 3000.0, 1500.0], rows)
-    assert alone.law.points == 3 and alone.said.startswith("B_crit(L) by steps to a loss, 3 points")
+    assert (
+        "noise scale (noise_scale_tokens), to a factor of 2 at 95%; steps to a loss do not tell it (3 points, L^-8.97 ± 23)" in noisy.said
+    )
+    assert known(10 * np.array([4.6, 4.5, 4.4]) ** 4.0, measured).law is None  # B_crit does not fall as the loss does
+    for few in (
+        rows,
+        measured.assign(noise_scale_tokens=np.nan),
+        measured.assign(noise_scale_tokens=[4096.0] + [np.nan] * (len(rows) - 1)),
+    ):
+        alone = known([1000.0, 3000.0, 1500.0], few)  # the noise scale of one size only would leave out the others
+        assert alone.law.points == 3 and alone.said.startswith(
+            "B_crit(L) by steps to a loss, though steps to a loss do not tell it (3 points"
+        )

@@ -31,6 +31,7 @@ COLUMNS = ("noise_scale_tokens", "preconditioned_noise_scale_tokens")
 HUBER_DELTA = 0.1  # of ln B_crit: a noise scale's own error is 3% to 10%
 WHAT = "the growth of the critical batch size"
 _NEAR = 0.36  # of ln η: a step of √2 on either side of the best lr
+_HALF = 8  # points in each half of the losses, and half as many runs, for an exponent of its own
 _BATCHES = 3  # below which no factor of the batch size is fitted
 
 
@@ -108,8 +109,9 @@ def find(table) -> Finding:
     rivals = forms(data)
     fits = {form.name: fit(form, data) for form in rivals}
     held_out, said = _held_out(rivals[:2], data)
-    numbers = _offsets(fits) + [_collinearity(data)] + _at_equal_batch(fits)
-    statements = said + _verdict(fits, held_out, data) + (confounded(optima.points) if optima else [])
+    halves, bends = _halves(fits, data)
+    numbers = _offsets(fits) + [_collinearity(data)] + _at_equal_batch(fits) + halves
+    statements = said + _verdict(fits, held_out, data) + bends + (confounded(optima.points) if optima else [])
     frames = [data.frame]
     if COLUMNS[1] in table and table[COLUMNS[1]].notna().any():
         more, sentence, frame = _preconditioned(table, optima)
@@ -162,6 +164,25 @@ def _at_equal_batch(fits: dict[str, LawFit]) -> list[Number]:
             source = FILATOV if by == "tokens" else KAPLAN
             found.append(Number(f"{formula} at equal batch size", value, *fitted.intervals[exponent], published=published, source=source))
     return found
+
+
+def _halves(fits: dict[str, LawFit], data: Observations) -> tuple[list[Number], list[str]]:
+    """The exponent of the loss above and below the median loss, and a sentence where the two are not one number: no power law then."""
+    form = fits.get("growth_loss_batch", fits["growth_loss"]).form
+    middle = float(np.median(data.x["loss"]))
+    found = []
+    for side, half in (("above", data.x["loss"] > middle), ("below", data.x["loss"] <= middle)):
+        x = {name: values[half] for name, values in data.x.items()}
+        if half.sum() < _HALF or len(np.unique(data.cluster[half])) < _HALF // 2:
+            return [], []
+        fitted = fit(form, data._replace(x=x, y=data.y[half], cluster=data.cluster[half]))
+        value = None if "loss_exponent" in fitted.unidentified else fitted.values["loss_exponent"]
+        found.append(Number(f"B_crit ∝ L^x {side} the median loss", value, *fitted.intervals["loss_exponent"], note=f"L = {middle:.3g}"))
+    (_, x1, low1, high1, *_), (_, x2, low2, high2, *_) = found
+    if None in (x1, x2, low1, high1, low2, high2) or (low1 <= high2 and low2 <= high1):
+        return found, []
+    ends = [f"{x:.2f} ({low:.2f} to {high:.2f})" for x, low, high in ((x1, low1, high1), (x2, low2, high2))]
+    return found, [f"No one power of the loss: L^x has x {ends[0]} above L = {middle:.3g}, and {ends[1]} below; that of all is a mean."]
 
 
 def _collinearity(data: Observations) -> Number:

@@ -115,14 +115,17 @@ def _above_converged(steps: LawFit, rows: pandas.DataFrame, budget: str) -> tupl
     log_n_K, log_loss_K = np.log(points["params"].to_numpy()), np.log(points["loss"].to_numpy())
     over = np.expm1(np.mean(log_loss_K - alpha_n * (np.log(n_c) - log_n_K)))
     drawn_RxK = log_loss_K - drawn_n * (np.log(drawn_c) - log_n_K)
-    weight_RxK = np.random.default_rng(0).exponential(size=drawn_RxK.shape)  # their scatter is in the interval
-    drawn = np.expm1((weight_RxK * drawn_RxK).sum(axis=1) / weight_RxK.sum(axis=1))
+    # The budgets' own scatter about their mean, which is Student's: two of them say little of it.
+    error = np.std(log_loss_K - alpha_n * (np.log(n_c) - log_n_K), ddof=1) / np.sqrt(len(points))
+    drawn = np.expm1(drawn_RxK.mean(axis=1) + error * np.random.default_rng(0).standard_t(len(points) - 1, size=len(drawn_RxK)))
     note = f"mean of {len(points)} budgets"
     where = "frontier above converged by, where sizes take over"
     measured = number(where, float(over), drawn, uses=("n_c", "alpha_n"), note=note)
     if measured.value is None:
         return [measured, closed], f"how far the frontier is above L(N, ∞) cannot be told: {measured.note}; {theirs}"
-    return [measured, closed], against("the measured frontier over L(N, ∞), less 1,", *measured[1:4], 0.1, theory.SOURCE)
+    return [measured, closed], against(
+        f"the measured frontier over L(N, ∞), less 1, a mean of {len(points)} budgets,", *measured[1:4], 0.1, theory.SOURCE
+    )
 
 
 def _closed_form(steps: LawFit, table: pandas.DataFrame) -> tuple[dict[str, LawFit], list[Number]]:

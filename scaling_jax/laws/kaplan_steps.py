@@ -20,6 +20,7 @@ from scaling_jax.laws.power_law import PowerLaw, power_law
 from scaling_jax.laws.rivals import beside_published, derived, fitted_rivals, with_error_of_input
 
 NOISE = "noise_scale_tokens"
+NOISE_WITHIN = 2.0  # factor within which, at 95%, the noise scale is taken to be B_crit, of which it is the simplest measure
 CONVERGENCE = 0.02  # above converged: what efficient training is compared with
 
 
@@ -88,6 +89,7 @@ class Critical(NamedTuple):
     of: Callable[[pandas.DataFrame], np.ndarray]
     said: str
     law: PowerLaw | None = None  # of the loss, where it was fitted
+    within: float = 1.0  # factor, 95%, by which all may be off together
 
     def counted(self, rows: pandas.DataFrame) -> "Critical":
         """The same, saying as well how many of the rows it does not know B_crit of."""
@@ -96,40 +98,56 @@ class Critical(NamedTuple):
         return self._replace(said=self.said + left_out) if unknown else self
 
     def off(self) -> list["Critical"]:
-        """The law higher by its standard error, and steeper by its: two errors that are independent of each other."""
+        """As it would be, were it off by a standard error in each of its independent directions: a law's height and slope; else the one
+        factor."""
         if (law := self.law) is None:
-            return []
+            more = self.within ** (1 / 1.96)
+            return [Critical(lambda rows: more * self.of(rows), self.said)] if more > 1 else []
         higher = law._replace(log_scale=law.log_scale + law.centre_se)
         steeper = law._replace(exponent=law.exponent + law.exponent_se, log_scale=law.log_scale - law.exponent_se * law.centre)
         return [Critical(functools.partial(_by_law, other), self.said) for other in (higher, steeper)]
 
     def draws(self, count: int) -> np.ndarray:
-        """Draws of the two errors, [count, 2], in standard errors."""
-        return np.random.default_rng(0).standard_t(self.law.points - 2, size=(count, 2)) if self.law else np.zeros((count, 0))
+        """Draws of the errors of `off`, [count, directions], in standard errors."""
+        rng = np.random.default_rng(0)
+        if self.law is None:
+            return rng.normal(size=(count, len(self.off())))
+        return rng.standard_t(self.law.points - 2, size=(count, 2))
 
 
 def _by_law(law: PowerLaw, rows: pandas.DataFrame) -> np.ndarray:
     return law(rows["loss"].to_numpy())
 
 
+def _noise_scale(rows: pandas.DataFrame) -> np.ndarray:
+    value = rows[NOISE].astype(float)
+    return value.where((value > 0) & np.isfinite(value)).to_numpy()
+
+
 def known_critical(rows: pandas.DataFrame) -> Critical | None:
-    """B_crit(L) by steps to a loss where these tell it; else the noise scale of each row; else what the steps have; else None."""
+    """B_crit(L) by steps to a loss where it falls with the loss beyond doubt; else the noise scale, if every size has rows with one; else
+    B_crit(L) by steps for what it is worth, else the noise scale of the rows that have one; else None.
+
+    Beyond doubt: Student's 95% interval of its exponent lies below 0, for which three losses hardly ever suffice.
+    """
     from scipy.special import stdtrit  # only here: slow to import
 
-    by_steps, unknown = None, ""
+    by_steps, doubt = None, ""
     if "batch_tokens" in rows and rows["batch_tokens"].nunique() > 3:
         points = critical_points(rows)
         fitted = points[~points["censored"]]
         if (law := power_law(fitted["loss"], fitted["critical_batch_tokens"])) is not None:
             of_points = f"{law.points} points, L^{law.exponent:.3g}"
             by_steps = Critical(functools.partial(_by_law, law), f"B_crit(L) by steps to a loss, {of_points}", law)
-            if abs(law.exponent) > stdtrit(law.points - 2, 0.975) * law.exponent_se:
+            if -law.exponent > stdtrit(law.points - 2, 0.975) * law.exponent_se:
                 return by_steps
-            unknown = f"; steps to a loss do not tell it ({of_points} ± {law.exponent_se:.2g})"
-    if NOISE in rows and (np.isfinite(rows[NOISE].astype(float)) & (rows[NOISE] > 0)).any():
-        return Critical(
-            lambda r: r[NOISE].astype(float).where(r[NOISE] > 0).to_numpy(), f"B_crit is each row's noise scale ({NOISE}){unknown}"
-        )
+            doubt = f"steps to a loss do not tell it ({of_points} ± {law.exponent_se:.2g})"
+            by_steps = by_steps._replace(said=f"B_crit(L) by steps to a loss, though {doubt}")
+    if NOISE in rows and np.isfinite(_noise_scale(rows)).any():
+        said = f"B_crit is each row's noise scale ({NOISE}), to a factor of {NOISE_WITHIN:g} at 95%" + (f"; {doubt}" if doubt else "")
+        everywhere = rows.assign(known=np.isfinite(_noise_scale(rows))).groupby("size")["known"].any().all()
+        if everywhere or by_steps is None:
+            return Critical(_noise_scale, said, within=NOISE_WITHIN)
     return by_steps
 
 
@@ -163,7 +181,7 @@ def of_steps(table: pandas.DataFrame) -> Finding:
     x = {name: points[name].to_numpy(float) for name in ("params", "min_steps", "tokens")}
     data = Observations(x, points["loss"].to_numpy(), points["run"].to_numpy(), f"rows after warmup; {tuning_said(best)}", points)
     fits, best_name, comparison, statements = fitted_rivals((forms.NS,), data, "tokens")
-    if critical is not None and critical.law is not None:
+    if critical is not None and critical.off():
         others = [theory.min_steps(points["steps"], points["batch_tokens"], other.of(points)) for other in critical.off()]
         seen = [data._replace(x=x | {"min_steps": np.asarray(least, float)}) for least in others]
         fits[forms.NS.name] = with_error_of_input(fits[forms.NS.name], seen, critical.draws)

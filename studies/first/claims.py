@@ -4,6 +4,8 @@ it, from the committed laws alone.
     python studies/first/claims.py
 
 A verdict follows from a 95% interval by a rule (rules.py) that stands in `CLAIMS` beside the claim, and not from a look at the figure.
+Laws in which the size or the width is a variable are of all six widths (`frontier/`), those of batch size and horizon of the full grid
+(`time_transfer/`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,7 +44,7 @@ def _of(*where: str) -> Name:
     return ("time_transfer", *where)
 
 
-def _slope(what: str, kind: str = "mup", study: str = "time_transfer") -> Name:
+def _slope(what: str, kind: str = "mup", study: str = "frontier") -> Name:
     return (study, "width_equality", f"slope of ln {what} in ln width under {kind}")
 
 
@@ -78,9 +80,9 @@ CLAIMS = (
         TT,
         "B_crit grows as T",
         "noise scale near η* at equal B, ∝ T^p",
-        {"p": (FRONTIER, "critical_growth", "B_crit ∝ T^p at equal batch size")},
+        {"p": _of("critical_growth", "B_crit ∝ T^p at equal batch size")},
         about(1.0, 0.25),
-        ALL_WIDTHS,
+        WIDTHS,
     ),
     Claim(TT, "B_crit grows with T", "by branches of one run, ∝ T^p", {"p": ("branch", "growth by branches")}, sign(1), "branch"),
     Claim(TT, "B_crit is a law of T, not of the loss", "error of T on larger N, less that of L", {"excess": BY_LOSS}, sign(-1), ALL_WIDTHS),
@@ -109,12 +111,12 @@ CLAIMS = (
         TT,
         "a wrong η costs as much at all widths under μP",
         "that, ∝ N^x",
-        {"x": _of("sensitivity", "sensitivity ∝ N^x")},
+        {"x": (FRONTIER, "sensitivity", "sensitivity ∝ N^x")},
         SIZE,
-        WIDTHS,
+        ALL_WIDTHS,
     ),
-    Claim(TT, "η* is the same at all widths under μP", "slope in width, 16 to 64", {"slope": _slope("η*")}, WIDTH, WIDTHS),
-    Claim(TT, "B* is the same at all widths under μP", "slope in width, 16 to 64", {"slope": _slope("B*")}, WIDTH, WIDTHS),
+    Claim(TT, "η* is the same at all widths under μP", "slope in width, 16 to 128", {"slope": _slope("η*")}, WIDTH, ALL_WIDTHS),
+    Claim(TT, "B* is the same at all widths under μP", "slope in width, 16 to 128", {"slope": _slope("B*")}, WIDTH, ALL_WIDTHS),
     Claim(
         TT,
         "B_crit is the same at all widths at equal T",
@@ -229,6 +231,14 @@ CLAIMS = (
     ),
     Claim(
         KAPLAN,
+        "L(C_min) ∝ C_min^−0.050",
+        "lower envelope of sizes and batches, B_crit by the noise scale",
+        {"α_C^min": (FRONTIER, "kaplan_cmin", "kaplan_cmin", "alpha_c_min")},
+        about(0.05, 0.015),
+        ALL_WIDTHS,
+    ),
+    Claim(
+        KAPLAN,
         "the best N grows as C^0.73",
         "N ∝ C_min^p",
         {"p": (FRONTIER, "kaplan_allocation", "p of N ∝ C_min^p, measured")},
@@ -254,8 +264,8 @@ CLAIMS = (
     Claim(
         KAPLAN,
         "B_crit ∝ L^−4.8",
-        "noise scale near η* at equal B, ∝ L^x",
-        {"x": (FRONTIER, "critical_growth", "B_crit ∝ L^x at equal batch size")},
+        "noise scale near η* at equal B, ∝ L^x, above and below the median loss",
+        {f"x {side}": (FRONTIER, "critical_growth", f"B_crit ∝ L^x {side} the median loss") for side in ("above", "below")},
         about(-1 / 0.21, 1.5),
         ALL_WIDTHS,
     ),

@@ -25,8 +25,9 @@ CLAIMS_HEAD = """# The claims, one by one
 From the committed results by `python studies/first/story.py`; the claims are in [`claims.py`](claims.py). A claim is seen if the whole 95%
 interval is as the fourth column's words have it, not seen if none of it is, and undecided otherwise ([`rules.py`](rules.py)) or where
 the figures do not answer it, as "given" has it. Where several figures differ it is seen in part. How near
-is near enough was chosen by hand, when some of the figures were known: who would have it otherwise has the interval. The last column has
-the parts of [`run`](run) that repeat it.
+is near enough was chosen by hand, and on which runs a claim is judged, when some of the figures were known: who would have it otherwise has
+the intervals. Laws of the size, the loss or the width are of all six widths (`frontier/laws.json`), those of batch and horizon alone of the
+full grid at three (`time_transfer/laws.json`). The last column has the parts of [`run`](run) that repeat it.
 
 """
 
