@@ -39,8 +39,9 @@ def products_in(function, *args) -> str:
 def most_entries(monkeypatch: pytest.MonkeyPatch):
     """Sets how many entries of products are held at a time; what was traced before is forgotten."""
 
-    def set_it(entries: int) -> None:
+    def set_it(entries: int, cached: int | None = None) -> None:
         monkeypatch.setattr(sequence_sums, "_LARGEST_PRODUCT", entries)
+        monkeypatch.setattr(sequence_sums, "_CACHED_PRODUCTS", entries if cached is None else cached)
         jax.clear_caches()
 
     yield set_it
@@ -98,6 +99,22 @@ def test_as_many_sequences_at_a_time_as_fit(most_entries, batch: int, most: int,
     x_BxLxI, dy_BxLxO, metric_IxO = drawn(batch, LONG)
     text = products_in(sequence_sums._on_cpu, x_BxLxI, dy_BxLxO, metric_IxO)
     assert (f"f32[{together},{ROWS},{COLUMNS}] = dot_general" in text) == (together > 1) and f"length={batch // together}" in text
+    for metric in (None, metric_IxO):
+        check(jax.jit(summed)(x_BxLxI, dy_BxLxO, metric), x_BxLxI, dy_BxLxO, metric)
+
+
+@pytest.mark.parametrize(("cached", "together"), [(0, 2), (4, 4), (7, 4), (8, 8)])
+def test_no_more_than_the_caches_hold_but_two_all_the_same(most_entries, cached: int, together: int):
+    most_entries(100 * ROWS * COLUMNS, cached * ROWS * COLUMNS)
+    x_BxLxI, dy_BxLxO, _ = drawn(16, LONG)
+    assert f"f32[{together},{ROWS},{COLUMNS}] = dot_general" in products_in(sequence_sums._on_cpu, x_BxLxI, dy_BxLxO, None)
+
+
+def test_products_of_a_tall_matrix_are_made_as_wide_ones():
+    dy_BxLxO, x_BxLxI, metric_OxI = drawn(16, LONG)
+    metric_IxO = metric_OxI.T
+    text = products_in(sequence_sums._on_cpu, x_BxLxI, dy_BxLxO, metric_IxO)
+    assert f"f32[8,{ROWS},{COLUMNS}] = dot_general" in text and ROWS < COLUMNS
     for metric in (None, metric_IxO):
         check(jax.jit(summed)(x_BxLxI, dy_BxLxO, metric), x_BxLxI, dy_BxLxO, metric)
 

@@ -10,6 +10,7 @@ from scaling_jax.noise_scale.products import weight_gradient
 from scaling_jax.noise_scale.shards import Shards, by_shard, over_shards
 
 _LARGEST_PRODUCT = 1 << 24  # entries of products that are held at a time: 64 MB
+_CACHED_PRODUCTS = 1 << 20  # entries of products that a CPU reads again from its caches: 4 MB
 
 
 def sum_of_products(x_BxLxI: Array, dy_BxLxO: Array, metric_IxO: Array | None, *, shards: Shards) -> tuple[Array, Array]:
@@ -72,14 +73,20 @@ def _on_cpu(x_BxLxI: Array, dy_BxLxO: Array, metric_IxO: Array | None) -> tuple[
     """On a CPU, where reading and writing products takes as long as making them.
 
     In 16 bits, whose products are the fastest, the gradient is one product, and ‖C_b‖² = Σ_{l,m} (x_l·x_m)(dy_l·dy_m) comes from two
-    small ones. Else as many sequences at a time as fit, so that their products are read once when they are added up.
+    small ones. Else some sequences at a time: the sum is read and written once for all of them, while their products are in the caches.
     """
     (batch, length, rows), columns = x_BxLxI.shape, dy_BxLxO.shape[2]
     if x_BxLxI.dtype != jnp.float32 and metric_IxO is None and length * (rows + columns) <= 6 * rows * columns:
         total_IxO = weight_gradient(x_BxLxI.reshape(-1, rows), dy_BxLxO.reshape(-1, columns))
         gram_x, gram_dy = (jnp.einsum("bli,bmi->blm", a, a, preferred_element_type=jnp.float32) for a in (x_BxLxI, dy_BxLxO))
         return total_IxO, jnp.sum(gram_x * gram_dy, axis=(1, 2))
-    together = max(n for n in range(1, batch) if batch % n == 0 and (n == 1 or n * rows * columns <= _LARGEST_PRODUCT)) if batch > 1 else 1
+    parts = [n for n in range(1, batch) if batch % n == 0]
+    together = max((n for n in parts if n <= 2 or n * rows * columns <= _CACHED_PRODUCTS), default=1)
+    if together * rows * columns > _LARGEST_PRODUCT:
+        together = 1
+    if rows > columns and together > 1:  # a wide product is made faster than a tall one
+        total_OxI, sq_norms_B = _on_cpu(dy_BxLxO, x_BxLxI, None if metric_IxO is None else metric_IxO.T)
+        return total_OxI.T, sq_norms_B
     if together == 1:
         return _by_rows(x_BxLxI, dy_BxLxO, metric_IxO, shards=Shards())
 
