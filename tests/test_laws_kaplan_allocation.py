@@ -1,5 +1,7 @@
 """How far the measured compute frontier lies above converged losses, on simulated studies of L(N, S_min)."""
 
+import re
+
 import numpy as np
 import pandas
 import pytest
@@ -41,7 +43,9 @@ def test_without_a_critical_batch_it_is_by_plain_steps():
     for name in (MEASURED, CLOSED):
         assert found[name].value == pytest.approx(0.2, rel=0.05)
         assert found[name].low - 0.01 < 0.2 < found[name].high + 0.01
-    assert any(sentence.startswith("the measured frontier over L(N, ∞), less 1, a mean of ") for sentence in finding.statements)
+    assert any(
+        re.match(r"the measured frontier over L\(N, ∞\), less 1, a mean of \d+ budgets, is 0\.(19|2)", said) for said in finding.statements
+    )
     assert any("closed form of Appendix B cannot be had" in sentence for sentence in finding.statements)
 
 

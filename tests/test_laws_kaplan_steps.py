@@ -129,6 +129,4 @@ def test_steps_that_do_not_tell_the_critical_batch_leave_it_to_the_noise_scale(s
         measured.assign(noise_scale_tokens=[4096.0] + [np.nan] * (len(rows) - 1)),
     ):
         alone = known([1000.0, 3000.0, 1500.0], few)  # the noise scale of one size only would leave out the others
-        assert alone.law.points == 3 and alone.said.startswith(
-            "B_crit(L) by steps to a loss, though steps to a loss do not tell it (3 points"
-        )
+        assert alone.law.points == 3 and alone.said.startswith("B_crit(L) by steps to a loss, though these do not tell it (3 points")

@@ -141,10 +141,12 @@ def known_critical(rows: pandas.DataFrame) -> Critical | None:
             by_steps = Critical(functools.partial(_by_law, law), f"B_crit(L) by steps to a loss, {of_points}", law)
             if -law.exponent > stdtrit(law.points - 2, 0.975) * law.exponent_se:
                 return by_steps
-            doubt = f"steps to a loss do not tell it ({of_points} ± {law.exponent_se:.2g})"
-            by_steps = by_steps._replace(said=f"B_crit(L) by steps to a loss, though {doubt}")
+            doubt = f"do not tell it ({of_points} ± {law.exponent_se:.2g})"
+            by_steps = by_steps._replace(said=f"B_crit(L) by steps to a loss, though these {doubt}")
     if NOISE in rows and np.isfinite(_noise_scale(rows)).any():
-        said = f"B_crit is each row's noise scale ({NOISE}), to a factor of {NOISE_WITHIN:g} at 95%" + (f"; {doubt}" if doubt else "")
+        said = f"B_crit is each row's noise scale ({NOISE}), to a factor of {NOISE_WITHIN:g} at 95%" + (
+            f"; steps to a loss {doubt}" if doubt else ""
+        )
         everywhere = rows.assign(known=np.isfinite(_noise_scale(rows))).groupby("size")["known"].any().all()
         if everywhere or by_steps is None:
             return Critical(_noise_scale, said, within=NOISE_WITHIN)
